@@ -1,0 +1,152 @@
+"""Configuration to objects, by way of fairchem's registry: data sets and models.
+
+Every name may be a registered short name or a dotted import path. Arguments are checked against the constructor of what
+they are for, so that a misspelt option is an error before any work starts.
+"""
+
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from fairchem.core.common.registry import registry
+from torch import nn
+from torch.utils.data import Dataset
+
+from faenet_ocp import lmdb_dataset  # noqa: F401  # registers the data sets
+from faenet_ocp.backbone import FAENetEnergyHead, FAENetForceHead, FrameAveragedModel
+from faenet_ocp.config import Config, SourceConfig, nearest
+
+_GRAPH = {"cutoff": 6.0, "max_neighbors": 40}
+_HEADS = {"energy": FAENetEnergyHead, "forces": FAENetForceHead}
+
+
+def make_dataset(
+    config: Config,
+    source: SourceConfig,
+    *,
+    training: bool = False,
+    labelled: bool = True,
+    cache_dir: Path | None = None,
+) -> Dataset:
+    """The data set of one split, with the configured transforms and the frames of training or evaluation.
+
+    Raises:
+        ValueError: unknown format, missing path, wrong transform; names the key.
+    """
+    transforms = {name: arguments or {} for name, arguments in config.dataset.transforms.items()}
+    return _open(config, source, transforms | _frame_transform(config, training=training), labelled, cache_dir)
+
+
+def make_label_dataset(config: Config, source: SourceConfig, *, cache_dir: Path | None = None) -> Dataset:
+    """A split without transforms and edges: for statistics of labels and compositions."""
+    return _open(config, source, {}, True, cache_dir, edges="none")
+
+
+def _open(
+    config: Config,
+    source: SourceConfig,
+    transforms: Mapping[str, Any],
+    labelled: bool,
+    cache_dir: Path | None,
+    edges: str | None = None,
+) -> Dataset:
+    given = [source.src] if isinstance(source.src, str) else source.src
+    settings = {
+        "src": [str(Path(config.dataset.root) / path) for path in given],
+        "key_mapping": config.dataset.key_mapping or None,
+        "transforms": transforms,
+        "edges": edges or config.dataset.edges,
+        "labels": list(config.properties) if labelled else [],
+        "dataset_name": config.dataset.name,
+        "seed": config.job.seed,
+        "dtype": config.job.precision,
+        "cache_dir": None if cache_dir is None else str(cache_dir),
+        **{name: config.model.get(name, default) for name, default in _GRAPH.items()},
+    }
+    cls = _registered("dataset.format", config.dataset.format, registry.get_dataset_class, "dataset_name_mapping")
+    return cls(settings)
+
+
+def _frame_transform(config: Config, *, training: bool) -> dict[str, dict[str, Any]]:
+    frames = config.frames
+    method = frames.method if training else frames.evaluation_method
+    if method == "none":
+        return {}
+    if method == "data_augmentation":
+        return {"data_augmentation": {"dim": frames.dim, "reflect": frames.group == "E"}}
+    return {"frame_averaging": frame_settings(config, method)}
+
+
+def frame_settings(config: Config, method: str) -> dict[str, Any]:
+    """Arguments of `frames.compute_frames`."""
+    frames = config.frames
+    return {"method": method, "dim": frames.dim, "group": frames.group, "tolerance": frames.tolerance}
+
+
+def make_model(config: Config) -> FrameAveragedModel:
+    """The configured model with seeded initial weights, on the CPU.
+
+    `model:` holds the backbone's arguments; FAENet's heads take theirs from the same section, other backbones name
+    their heads in `model.heads` as fairchem does.
+
+    Raises:
+        ValueError: unknown model, option or value; names the key.
+    """
+    torch.manual_seed(config.job.seed)
+    cls = _registered("model.name", config.model["name"], registry.get_model_class, "model_name_mapping")
+    arguments = {key: value for key, value in config.model.items() if key not in ("name", "heads")}
+    graph = {key: arguments.get(key, default) for key, default in _GRAPH.items()}
+    heads = config.model.get("heads")
+    if heads is None:
+        heads = {name: _faenet_head(name, arguments) for name in config.properties}
+        used_by_heads = {key for head in heads.values() for key in head}
+    else:
+        used_by_heads = set()
+    allowed = _parameters(cls)
+    backbone = {key: value for key, value in arguments.items() if allowed is None or key in allowed}
+    for key in arguments:
+        if key not in backbone and key not in used_by_heads | set(_GRAPH):
+            options = {*(allowed or ()), *_GRAPH, "name", "heads"}
+            for head in _HEADS.values():
+                options |= _parameters(head) or set()
+            raise ValueError(f"model.{key}: unknown key{nearest(key, sorted(options - {'backbone', 'reduce'}))}")
+    try:
+        model = FrameAveragedModel(
+            backbone={"model": config.model["name"], **backbone},
+            heads=heads,
+            frames=frame_settings(config, config.frames.evaluation_method),
+            **graph,
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"model: {error}") from error
+    return model.double() if config.job.precision == "float64" else model
+
+
+def _faenet_head(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """A head of FAENet with the options of the `model:` section that it knows."""
+    cls = _HEADS[name]
+    options = {key: arguments[key] for key in (_parameters(cls) or set()) & set(arguments)}
+    return {"module": f"{cls.__module__}.{cls.__qualname__}", **options}
+
+
+def _parameters(cls: type) -> set[str] | None:
+    """Names that a constructor takes, None if it takes any."""
+    parameters = inspect.signature(cls).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return None
+    return {parameter.name for parameter in parameters}
+
+
+def _registered(key: str, name: str, getter: Any, mapping: str) -> type:
+    try:
+        return getter(name)
+    except (RuntimeError, KeyError, ValueError) as error:
+        known = [str(known) for known in registry.mapping[mapping]]
+        raise ValueError(f"{key}: {name!r} is not registered{nearest(name, known)}; or a dotted import path") from error
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Trainable parameters."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

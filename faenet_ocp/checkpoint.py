@@ -1,0 +1,111 @@
+"""Checkpoints: one file each, written whole or not at all, loadable without running code.
+
+A checkpoint is a dictionary of tensors, numbers, strings and containers (see `FORMAT`), read with
+`torch.load(weights_only=True)`:
+
+| key | what |
+| --- | --- |
+| `format` | `FORMAT` |
+| `versions` | see `versions.py` |
+| `config` | the resolved configuration |
+| `model`, `ema` | state dicts (`ema` is None without EMA) |
+| `tasks` | normalisers and element references, in eV and eV/Angstrom |
+| `optimizer`, `scheduler`, `progress`, `best` | what training needs to go on |
+| `statistics` | label statistics of the training set (`references.py`) |
+"""
+
+import logging
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from faenet_ocp.versions import software_versions
+
+FORMAT = 1
+_STEP_FILE = re.compile(r"step_(\d+)\.pt")
+
+
+def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
+    """Writes to a temporary name in the same folder, syncs, and renames: a reader sees the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save({"format": FORMAT, "versions": software_versions(), **state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Reads a checkpoint to the CPU; no code in it can run.
+
+    Raises:
+        ValueError: no such file, not a checkpoint of ours, or one of another format.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"checkpoint {path}: there is no such file")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for truncated, foreign and refused files
+        raise ValueError(f"checkpoint {path}: not readable ({type(error).__name__}: {str(error)[:300]})") from error
+    if not isinstance(state, dict) or "format" not in state:
+        raise ValueError(f"checkpoint {path}: not a faenet-ocp checkpoint (no format number)")
+    if state["format"] != FORMAT:
+        raise ValueError(f"checkpoint {path}: format {state['format']}, this version reads format {FORMAT}")
+    return state
+
+
+def step_checkpoints(folder: Path) -> list[Path]:
+    """The periodic checkpoints of a run, oldest first."""
+    if not folder.is_dir():
+        return []
+    found = [(int(match[1]), path) for path in folder.iterdir() if (match := _STEP_FILE.fullmatch(path.name))]
+    return [path for _, path in sorted(found)]
+
+
+def save_step(folder: Path, step: int, state: Mapping[str, Any], *, keep: int) -> Path:
+    """Saves `step_<step>.pt`, points `last.pt` at it and removes all but the newest `keep` periodic checkpoints."""
+    path = folder / f"step_{step:08d}.pt"
+    save_checkpoint(path, state)
+    link = folder / f".last.{os.getpid()}.tmp"
+    link.unlink(missing_ok=True)
+    link.symlink_to(path.name)
+    os.replace(link, folder / "last.pt")
+    for old in step_checkpoints(folder)[:-keep]:
+        old.unlink()
+    logging.info("saved %s", path)
+    return path
+
+
+def load_newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest whole checkpoint of a run, or None when it has none."""
+    for path in reversed(step_checkpoints(folder)):
+        try:
+            return path, load_checkpoint(path)
+        except ValueError as error:
+            logging.warning("%s; trying the one before", error)
+    return None
+
+
+def load_weights(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Puts a checkpoint's weights into a model: the EMA's where there is one.
+
+    Raises:
+        ValueError: names of parameters that are missing, unexpected or of another shape.
+    """
+    weights = state["model"]
+    if state["ema"] is not None:
+        weights = {key.removeprefix("module."): value for key, value in state["ema"].items() if key != "n_averaged"}
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f"the checkpoint does not fit the configured model: {error}") from error

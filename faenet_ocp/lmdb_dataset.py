@@ -1,0 +1,341 @@
+"""OC20's LMDB files as a fairchem data set: pickled PyG records to ``AtomicData``, with edges, labels and transforms.
+
+Registered with fairchem as ``oc20_lmdb`` and, for OCP configs, ``lmdb``, ``single_point_lmdb`` and ``trajectory_lmdb``.
+Shapes: n atoms and e edges of one sample. Energies in eV, forces in eV/A, lengths in A.
+"""
+
+import difflib
+import hashlib
+import itertools
+import logging
+import os
+import zipfile
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from fairchem.core.common.registry import registry
+from fairchem.core.datasets.atomic_data import AtomicData
+from fairchem.core.datasets.base_dataset import BaseDataset
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from faenet_ocp.graph import build_graph, edge_vectors, limit_neighbors
+from faenet_ocp.lmdb_files import LmdbFile, resolve_files
+from faenet_ocp.lmdb_records import RecordError, decode_record
+from faenet_ocp.transforms import Compose
+
+logger = logging.getLogger(__name__)
+
+NAMES = ("oc20_lmdb", "lmdb", "single_point_lmdb", "trajectory_lmdb")
+EDGES = ("stored", "recompute", "none")
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+LABELS = {"energy": ("y_relaxed", "energy", "y"), "forces": ("forces", "force")}
+"""The labels, and the names they have had in OC20 files: IS2RE, fairchem 1.x, earlier."""
+NUM_ELEMENTS = 119
+_HOST_KEYS = ("format", "first_n", "sample_n", "no_shuffle", "max_atoms", "subset_to")  # read by fairchem's create_dataset
+
+
+class OC20LmdbDataset(BaseDataset[AtomicData]):
+    """Samples of one or more LMDB files, in their order.
+
+    ``dataset[index]`` and ``dataset[epoch, index]`` (plain index: epoch 0) give an ``AtomicData`` with energy (1,) and
+    forces (n, 3) as far as asked for by `labels`, sid, fid (1,) (-1 where a record has none), tags, fixed, edges, the
+    attribute `dataset`, and composition (1, 119), the atoms of each element before transforms. Random transforms depend
+    on (seed, epoch, index) only: not on worker, rank or batch.
+
+    Edges: `edges: stored` (the default) takes the record's own and builds them where a record has none; `recompute`
+    always builds them; `none` leaves them to the model. Either way they are cut by ``graph.limit_neighbors`` to `cutoff`
+    and `max_neighbors` **before** transforms, so removing sub-surface atoms does not bring in other neighbours. OC20 stores
+    up to 50 neighbours within 6 A: what a larger limit would add is not in the file, so use `recompute` for that.
+
+    Labels: `key_mapping` ({record's name: energy or forces}) says where a label is; several names may map to one label
+    if each record has one of them. A label without mapping is looked for under the names of all eras (``LABELS``). A record
+    with several candidates is an error, never a guess.
+
+    Args:
+        config: a mapping with
+            src: file, folder of shards, glob, or a list of these (required).
+            labels: labels every record must have, [] for none; default: those of `key_mapping`, else [energy].
+            key_mapping, edges, cutoff, max_neighbors: see above; the last two are required unless `edges: none`.
+            transforms: mapping of ``transforms.Compose``.
+            seed: of random transforms (default 0).
+            dtype: float32 (default) or float64.
+            dataset_name: `dataset` of every sample (default oc20).
+            cache_dir: folder in which collected sizes are kept (default: not kept). Never the data folder.
+
+    Raises:
+        ValueError, FileNotFoundError: wrong config, or files that are missing or damaged.
+        RecordError: (when reading) a record that cannot be read or used; names file, record and reason.
+    """
+
+    def __init__(self, config: Mapping[str, Any]):
+        config = dict(config)
+        _check_config(config)
+        super().__init__({key: value for key, value in config.items() if key != "src"})
+        self.config = config
+        self.files = [LmdbFile(path) for path in resolve_files(config["src"])]
+        self.paths = [file.path for file in self.files]
+        self._ends = np.cumsum([len(file) for file in self.files]).tolist()
+        self.num_samples = self._ends[-1]
+        if self.num_samples == 0:
+            raise ValueError(f"no records in {', '.join(map(str, self.paths))}")
+        self.sources = _label_sources(config.get("labels"), config.get("key_mapping") or {})
+        self.edges = config.get("edges", "stored")
+        self.transforms = Compose(config.get("transforms") or {})
+        self.seed = config.get("seed", 0)
+        self.dtype = DTYPES[config.get("dtype", "float32")]
+        self.name = config.get("dataset_name", "oc20")
+
+    def __getitem__(self, key: int | tuple[int, int]) -> AtomicData:
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        file, position = self._locate(int(index))
+        value = file.read(position)
+        place = f"{file.path}: record {file.numbers[position]}"
+        try:
+            fields = decode_record(value)
+            sid = _identifier(fields, default=str(index))
+            place += f" (sid {sid})"
+            data = self._sample(fields, sid)
+            if len(self.transforms):
+                data = self.transforms(data, self._generator(epoch, int(index)))
+        except RecordError as error:
+            raise RecordError(f"{place} {error}") from error
+        except ValueError as error:
+            raise RecordError(f"{place}: {error}") from error
+        return data
+
+    def _locate(self, index: int) -> tuple[LmdbFile, int]:
+        if not 0 <= index < self.num_samples:
+            raise IndexError(f"sample {index} of {self.num_samples}")
+        number = bisect_right(self._ends, index)
+        return self.files[number], index - (self._ends[number - 1] if number else 0)
+
+    def _generator(self, epoch: int, index: int) -> torch.Generator:
+        (seed,) = np.random.SeedSequence([self.seed, epoch, index]).generate_state(1, np.uint64)
+        return torch.Generator().manual_seed(int(seed))
+
+    def _sample(self, fields: Mapping[str, Any], sid: str) -> AtomicData:
+        pos = _tensor(fields, "pos", (None, 3), self.dtype)
+        num_atoms = len(pos)
+        if num_atoms == 0 or _whole(fields, "natoms", default=num_atoms) != num_atoms:
+            raise RecordError(f"has {num_atoms} positions for {fields.get('natoms')} atoms")
+        cell = _tensor(fields, "cell", (3, 3) if np.ndim(fields.get("cell")) == 2 else (1, 3, 3), self.dtype).view(1, 3, 3)
+        pbc = torch.ones(1, 3, dtype=torch.bool)
+        if "pbc" in fields:
+            pbc = _tensor(fields, "pbc", (1, 3) if np.ndim(fields["pbc"]) == 2 else (3,), torch.bool).view(1, 3)
+        atomic_numbers = _tensor(fields, "atomic_numbers", (num_atoms,), torch.long)
+        if not 1 <= int(atomic_numbers.min()) <= int(atomic_numbers.max()) < NUM_ELEMENTS:
+            raise RecordError(f"has atomic numbers outside 1 to {NUM_ELEMENTS - 1}")
+        edge_index, cell_offsets = self._graph(fields, pos, cell, pbc)
+        zeros = torch.zeros(num_atoms, dtype=torch.long)
+        data = AtomicData(
+            pos=pos,
+            atomic_numbers=atomic_numbers,
+            cell=cell,
+            pbc=pbc,
+            natoms=torch.tensor([num_atoms]),
+            edge_index=edge_index,
+            cell_offsets=cell_offsets,
+            nedges=torch.tensor([edge_index.shape[1]]),
+            charge=torch.zeros(1, dtype=torch.long),
+            spin=torch.zeros(1, dtype=torch.long),
+            tags=_tensor(fields, "tags", (num_atoms,), torch.long) if "tags" in fields else zeros,
+            fixed=_tensor(fields, "fixed", (num_atoms,), torch.long) if "fixed" in fields else zeros.clone(),
+            sid=[sid],
+        )
+        for label, names in self.sources.items():
+            setattr(data, label, self._label(fields, label, names, num_atoms))
+        data.fid = torch.tensor([_whole(fields, "fid", default=-1)])
+        data.dataset = self.name  # the constructor would make a list of it, which fairchem's collater cannot use
+        data.composition = torch.bincount(atomic_numbers, minlength=NUM_ELEMENTS).view(1, -1).float()
+        return data
+
+    def _label(self, fields: Mapping[str, Any], label: str, names: Sequence[str], num_atoms: int) -> Tensor:
+        present = [name for name in names if name in fields] or [name for name in (label,) if name in fields]
+        if not present:
+            raise RecordError(f"has no label {label!r} (looked for {', '.join(names)}; it has {_listing(fields)})")
+        if len(present) > 1:
+            raise RecordError(f"has several candidates for {label!r}: {', '.join(present)}; choose with key_mapping")
+        if label == "forces":
+            return _tensor(fields, present[0], (num_atoms, 3), self.dtype)
+        shape = (1,) if np.ndim(fields[present[0]]) else ()
+        return _tensor(fields, present[0], shape, self.dtype).view(1)
+
+    def _graph(self, fields: Mapping[str, Any], pos: Tensor, cell: Tensor, pbc: Tensor) -> tuple[Tensor, Tensor]:
+        """The sample's edge_index (2, e) and cell_offsets (e, 3)."""
+        if self.edges == "none":
+            return torch.empty(2, 0, dtype=torch.long), pos.new_empty(0, 3)
+        limits = {"cutoff": self.config["cutoff"], "max_neighbors": self.config["max_neighbors"]}
+        if self.edges == "recompute" or np.size(fields.get("edge_index", ())) == 0:
+            return build_graph(pos, cell, pbc, **limits)
+        edge_index = _tensor(fields, "edge_index", (2, None), torch.long)
+        if not 0 <= int(edge_index.min()) <= int(edge_index.max()) < len(pos):
+            raise RecordError(f"has edges of atoms outside 0 to {len(pos) - 1}")
+        cell_offsets = _tensor(fields, "cell_offsets", (edge_index.shape[1], 3), torch.long).to(self.dtype)
+        # Not the stored distances: those of some files belong to other positions (pos_relaxed).
+        vectors = edge_vectors(pos.double(), cell.double(), edge_index, cell_offsets)
+        distances = torch.linalg.vector_norm(vectors, dim=1)
+        is_atom_itself = (edge_index[0] == edge_index[1]) & (distances == 0)
+        distances[is_atom_itself] = torch.inf
+        kept = limit_neighbors(edge_index, distances, num_atoms=len(pos), **limits)
+        return edge_index[:, kept], cell_offsets[kept]
+
+    # Sizes
+
+    @cached_property
+    def _metadata(self) -> dict[str, NDArray[Any]]:
+        """What is known of all samples without reading them: from metadata.npz, else sizes collected earlier."""
+        metadata = _read_metadata(self.files)
+        cache = self._size_cache
+        if not metadata and cache is not None and cache.is_file():
+            metadata = {"natoms": np.load(cache, allow_pickle=False)}
+        return metadata
+
+    def natoms(self) -> NDArray[np.int64]:
+        """Return the number of atoms of each sample before transforms (len(self),).
+
+        From metadata.npz beside the files if there is one; else all records are read once, with a progress bar, and the
+        result is kept in `cache_dir`.
+
+        Raises:
+            RecordError: a record cannot be read.
+        """
+        if "natoms" not in self._metadata:
+            self._metadata["natoms"] = self._collect_natoms()
+        return self._metadata["natoms"]
+
+    def _collect_natoms(self) -> NDArray[np.int64]:
+        natoms = np.empty(self.num_samples, dtype=np.int64)
+        for index in tqdm(range(self.num_samples), desc="sizes of the systems", unit="system", mininterval=1.0):
+            file, position = self._locate(index)
+            try:
+                natoms[index] = len(_tensor(decode_record(file.read(position)), "pos", (None, 3), self.dtype))
+            except RecordError as error:
+                raise RecordError(f"{file.path}: record {file.numbers[position]} {error}") from error
+        if self._size_cache is not None:
+            self._size_cache.parent.mkdir(parents=True, exist_ok=True)
+            partial = self._size_cache.with_suffix(f".{os.getpid()}.npy")
+            np.save(partial, natoms)
+            partial.replace(self._size_cache)
+        return natoms
+
+    @property
+    def _size_cache(self) -> Path | None:
+        """File for collected sizes; another name once a data file has changed."""
+        folder = self.config.get("cache_dir")
+        if folder is None:
+            return None
+        digest = hashlib.sha256()
+        for path in self.paths:
+            status = path.stat()
+            digest.update(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}\n".encode())
+        return Path(folder) / f"natoms-{digest.hexdigest()[:16]}.npy"
+
+
+def _check_config(config: Mapping[str, Any]) -> None:
+    own = ("src", "labels", "key_mapping", "edges", "cutoff", "max_neighbors", "transforms", "seed", "dtype")
+    allowed = (*own, "dataset_name", "cache_dir", *_HOST_KEYS)
+    for key in config:
+        if key not in allowed:
+            near = difflib.get_close_matches(str(key), allowed, n=1)
+            raise ValueError(f"dataset: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    if "src" not in config:
+        raise ValueError("dataset: no src: a file, a folder, a glob or a list of these")
+    for key, choices, default in (("edges", EDGES, "stored"), ("dtype", tuple(DTYPES), "float32")):
+        if config.get(key, default) not in choices:
+            raise ValueError(f"dataset.{key}: {config[key]!r} is not one of {', '.join(choices)}")
+    if config.get("edges") != "none":
+        for key in ("cutoff", "max_neighbors"):
+            if not isinstance(config.get(key), int | float) or not config[key] > 0:
+                raise ValueError(f"dataset.{key}: {config.get(key)!r} is no positive number (needed unless edges: none)")
+
+
+def _label_sources(labels: Sequence[str] | None, key_mapping: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
+    """Each label asked for, and the names under which records may have it."""
+    for name, label in key_mapping.items():
+        if label not in LABELS:
+            raise ValueError(f"key_mapping.{name}: {label!r} is not one of {', '.join(LABELS)}")
+    if labels is None:
+        labels = list(dict.fromkeys(key_mapping.values())) or ["energy"]
+    sources = {}
+    for label in labels:
+        if label not in LABELS:
+            raise ValueError(f"labels: {label!r} is not one of {', '.join(LABELS)}")
+        sources[label] = tuple(name for name, target in key_mapping.items() if target == label) or LABELS[label]
+    return sources
+
+
+def _tensor(fields: Mapping[str, Any], name: str, shape: tuple[int | None, ...], dtype: torch.dtype) -> Tensor:
+    """A copy of a field as a tensor; RecordError if it is missing, of another shape, or holds other numbers."""
+    value = fields.get(name)
+    if not isinstance(value, np.ndarray | int | float):
+        raise RecordError(f"has no field {name!r}" if value is None else f"has no numbers in the field {name!r}")
+    array = np.asarray(value)
+    if array.ndim != len(shape) or any(n not in (None, m) for n, m in zip(shape, array.shape, strict=True)):
+        expected = ", ".join("any" if n is None else str(n) for n in shape)
+        raise RecordError(f"has {name} of shape {array.shape}, not ({expected})")
+    if array.dtype.kind == "f" and not dtype.is_floating_point:
+        if not bool((np.abs(array) < 2**31).all()) or not bool((array == np.rint(array)).all()):
+            raise RecordError(f"has values in {name} that are no whole numbers")
+    result = torch.from_numpy(array.copy()).to(dtype)
+    if dtype.is_floating_point and not bool(torch.isfinite(result).all()):
+        raise RecordError(f"has values in {name} that are not finite")
+    return result
+
+
+def _whole(fields: Mapping[str, Any], name: str, *, default: int) -> int:
+    value = np.asarray(fields.get(name, default))
+    if value.size != 1 or value.dtype.kind not in "iuf" or value.item() != int(value.item()):
+        raise RecordError(f"has a {name} that is no whole number")
+    return int(value.item())
+
+
+def _identifier(fields: Mapping[str, Any], *, default: str) -> str:
+    """The sid as text: a number in OC20, free text elsewhere, the sample's index if there is none."""
+    sid = fields.get("sid", default)
+    return sid if isinstance(sid, str) else str(_whole(fields, "sid", default=0))
+
+
+def _listing(fields: Mapping[str, Any]) -> str:
+    return ", ".join(sorted(fields)[:30]) or "no fields"
+
+
+def _read_metadata(files: Sequence[LmdbFile]) -> dict[str, NDArray[Any]]:
+    """The arrays of the metadata.npz in each file's folder; nothing unless all folders have a fitting one."""
+    parts = []
+    for folder, group in itertools.groupby(files, key=lambda file: file.path.parent):
+        path, count = folder / "metadata.npz", sum(len(file) for file in group)
+        if not path.is_file():
+            return {}
+        try:
+            with np.load(path, allow_pickle=False) as archive:
+                part = {name: archive[name] for name in archive.files}
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{path}: cannot be read: {error}") from error
+        natoms = part.get("natoms")
+        if natoms is None or natoms.shape != (count,) or natoms.dtype.kind not in "iu":
+            logger.warning("%s: not used: it has no natoms for exactly the %d records read from its folder", path, count)
+            return {}
+        parts.append({name: array for name, array in part.items() if array.shape[:1] == (count,)})
+    common = set.intersection(*(set(part) for part in parts))
+    return {name: np.concatenate([part[name] for part in parts]) for name in sorted(common)}
+
+
+def _register() -> None:
+    """Make the data set known to fairchem; a name that another class has taken stays with it."""
+    known = registry.mapping["dataset_name_mapping"]
+    for name in NAMES:
+        taken = known.get(name)
+        if taken is None or taken.__module__ == __name__:
+            registry.register_dataset(name)(OC20LmdbDataset)
+        else:
+            logger.warning("dataset format %r is %s.%s already", name, taken.__module__, taken.__qualname__)
+
+
+_register()

@@ -1,0 +1,278 @@
+"""The registered trainer and the runner that fairchem starts on every rank: train, validate, predict.
+
+A run lives in one folder: `config.yml` (resolved), `checkpoints/`, `logs/`, `results/`, `statistics.json`.
+"""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from fairchem.core.common import distutils
+from fairchem.core.common.registry import registry
+from fairchem.core.components.runner import Runner
+from torch import nn
+from torch.utils.data import Dataset
+
+from faenet_ocp import build
+from faenet_ocp.checkpoint import load_checkpoint, load_weights
+from faenet_ocp.config import Config, SourceConfig, build_config, nearest
+from faenet_ocp.evaluation import UNITS, RunInfo, build_results, write_json, write_text
+from faenet_ocp.loader import EvalBatchSampler, make_loader
+from faenet_ocp.plots import plot_learning_curve, plot_parity
+from faenet_ocp.references import CompositionFit
+from faenet_ocp.report import render_table
+from faenet_ocp.tasks import load_tasks_state, make_tasks
+from faenet_ocp.training import TrainingRun
+from faenet_ocp.unit import make_optimizer
+from faenet_ocp.validation import SplitOutcome, run_split
+
+MODES = ("train", "validate", "predict")
+OFFICIAL_SIZES = {
+    "is2re": {"val_id": 24943, "val_ood_ads": 24961, "val_ood_cat": 24963, "val_ood_both": 24987},
+    "s2ef": {"val_id": 999866, "val_ood_ads": 999838, "val_ood_cat": 999809, "val_ood_both": 999944},
+}
+"""Systems in OC20's own validation splits: what else is evaluated is never called OC20."""
+
+
+@registry.register_trainer("faenet")
+class FAENetTrainer:
+    """Turns a configuration into fairchem's job and runner; `trainer: faenet`.
+
+    A trainer of one's own subclasses this one and names another runner class.
+
+    Args:
+        config: validated configuration.
+        mode: train, validate or predict.
+        checkpoint: weights to validate or predict with.
+    """
+
+    runner = "faenet_ocp.trainer.OCPRunner"
+
+    def __init__(self, config: Config, *, mode: str = "train", checkpoint: str | None = None):
+        self.config, self.mode, self.checkpoint = config, mode, checkpoint
+
+    def check(self) -> None:
+        """Builds what can be built without data or ranks and looks at the paths, so that mistakes show at once.
+
+        Raises:
+            ValueError: what is wrong, with its key.
+        """
+        config = self.config
+        splits = dict(config.dataset.val)
+        if self.mode == "train":
+            if config.dataset.train is None:
+                raise ValueError("dataset.train: missing; it says where the training set lies")
+            splits["train"] = config.dataset.train
+            make_optimizer(config.optim)([nn.Parameter(torch.zeros(1))])
+        elif self.checkpoint is None:
+            raise ValueError(f"--checkpoint: --mode {self.mode} needs the weights to use")
+        if self.mode == "predict":
+            splits = dict(config.dataset.test) or splits
+        if not splits:
+            raise ValueError("dataset: no splits are given")
+        known = UNITS[config.task]
+        metric = config.evaluation_metrics.primary_metric.metric
+        for name in [metric, *self._metric_names()]:
+            if name not in known:
+                raise ValueError(f"evaluation_metrics: unknown metric {name!r}{nearest(name, list(known))}")
+        build.make_model(config)
+        for split, source in splits.items():
+            try:
+                build.make_dataset(config, source, training=split == "train", labelled=self.mode != "predict")
+            except (ValueError, OSError) as error:
+                raise ValueError(f"dataset, split {split}: {error}") from error
+
+    def _metric_names(self) -> list[str]:
+        """Metrics that the config lists, in this package's names (`energy: [mae]` is `energy_mae`)."""
+        return [
+            name if "within_threshold" in name else f"{target}_{name}"
+            for target, names in self.config.evaluation_metrics.metrics.items()
+            for name in names
+        ]
+
+    def build(self, folder: Path) -> dict[str, Any]:
+        """The `job` and `runner` mappings for fairchem's launchers; the run's folder holds its config already."""
+        job, config = self.config.job, f"config_{self.mode}.yml" if self.mode != "train" else "config.yml"
+        return {
+            "job": {
+                "run_name": folder.name,
+                "timestamp_id": folder.name,
+                "run_dir": str(folder.parent),
+                "device_type": "CPU" if job.cpu else "CUDA",
+                "debug": job.debug,
+                "seed": job.seed,
+                "scheduler": {"ranks_per_node": job.num_gpus, "num_nodes": job.num_nodes},
+            },
+            "runner": {
+                "_target_": self.runner,
+                "config_path": str(folder / config),
+                "mode": self.mode,
+                "checkpoint": self.checkpoint,
+            },
+        }
+
+
+class OCPRunner(Runner):
+    """What happens on each rank.
+
+    Args:
+        config_path: resolved configuration in the run's folder.
+        mode: train, validate or predict.
+        checkpoint: weights for validate and predict.
+    """
+
+    def __init__(self, config_path: str, mode: str, checkpoint: str | None = None):
+        self.folder = Path(config_path).parent
+        self.config = build_config(yaml.safe_load(Path(config_path).read_text()))
+        self.mode, self.checkpoint = mode, checkpoint
+        self._datasets: dict[str, Dataset] = {}
+
+    def load_state(self, checkpoint_location: str | None) -> None:
+        """Nothing to do: a run goes on from the newest checkpoint in its folder."""
+
+    def save_state(self, checkpoint_location: str, is_preemption: bool = False) -> bool:
+        """False: there is no state beside the run's checkpoints, which `run` finds itself."""
+        return False
+
+    def run(self) -> None:
+        """Trains if asked to, then evaluates or predicts and writes the results."""
+        if self.mode == "train":
+            TrainingRun(self).run()
+            return
+        state = load_checkpoint(str(self.checkpoint))
+        model, tasks = self.load_model(state)
+        if self.mode == "predict":
+            self.predict(model, tasks)
+            return
+        fit = CompositionFit.from_dict(state["statistics"]) if state.get("statistics") else None
+        self.report(model, self.evaluate(model, tasks, fit), state, str(self.checkpoint))
+
+    # ---------------------------------------------------------------------------------- evaluation
+    def load_model(self, state: Mapping[str, Any]) -> tuple[nn.Module, list[Any]]:
+        """Model and tasks of a checkpoint (its EMA weights where it has them), on this rank's device.
+
+        Raises:
+            ValueError: the weights do not fit the configured model.
+        """
+        model = build.make_model(self.config)
+        load_weights(model, state)
+        tasks = make_tasks(self.config.model_copy(update={"outputs": {}}), None)
+        load_tasks_state(tasks, state["tasks"])
+        return model.to(distutils.get_device_for_local_rank()), tasks
+
+    def split_dataset(self, split: str, source: SourceConfig, *, labelled: bool = True) -> Dataset:
+        """The evaluation data set of a split, opened once."""
+        if split not in self._datasets:
+            self._datasets[split] = build.make_dataset(
+                self.config, source, labelled=labelled, cache_dir=self.folder / "cache"
+            )
+        return self._datasets[split]
+
+    def evaluate(self, model: nn.Module, tasks: list[Any], fit: CompositionFit | None) -> dict[str, SplitOutcome]:
+        """Every validation split, in the order of the config."""
+        return {
+            split: self._run_split(model, tasks, split, source, fit=fit)
+            for split, source in self.config.dataset.val.items()
+        }
+
+    def _run_split(
+        self,
+        model: nn.Module,
+        tasks: list[Any],
+        split: str,
+        source: SourceConfig,
+        *,
+        labelled: bool = True,
+        fit: CompositionFit | None = None,
+    ) -> SplitOutcome:
+        optim = self.config.optim
+        dataset = self.split_dataset(split, source, labelled=labelled)
+        sampler = EvalBatchSampler(
+            len(dataset),  # type: ignore[arg-type]
+            optim.eval_batch_size or optim.batch_size,
+            rank=distutils.get_rank(),
+            world_size=distutils.get_world_size(),
+        )
+        loader = make_loader(dataset, sampler, num_workers=optim.num_workers)
+        return run_split(model, tasks, loader, split=split, labelled=labelled, fit=fit, amp=self.config.job.amp)
+
+    def predict(self, model: nn.Module, tasks: list[Any]) -> None:
+        """Predicts the test splits (or, without any, the validation splits) to `results/predictions/<split>.npz`.
+
+        Raises:
+            ValueError: the file of a split is there already.
+        """
+        splits = self.config.dataset.test or self.config.dataset.val
+        for split, source in splits.items():
+            path = self.folder / "results" / "predictions" / f"{split}.npz"
+            if path.exists():
+                raise ValueError(f"{path} is there already; choose another --identifier or move it away")
+            outcome = self._run_split(model, tasks, split, source, labelled=False)
+            if distutils.is_master():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                temporary = path.with_name(f".{path.name}")
+                with temporary.open("wb") as file:
+                    np.savez_compressed(file, ids=outcome.predictions["ids"], energy=outcome.predictions["energy"])
+                temporary.replace(path)
+                logging.info("%s: %d predictions in %s", split, outcome.num_systems, path)
+
+    def report(
+        self,
+        model: nn.Module,
+        outcomes: Mapping[str, SplitOutcome],
+        state: Mapping[str, Any],
+        checkpoint: str,
+    ) -> None:
+        """Writes `results/`: metrics.json, table.md, parity and learning-curve plots (first rank)."""
+        if not distutils.is_master() or not outcomes:
+            return
+        config, results = self.config, self.folder / "results"
+        sizes = {split: outcome.num_systems for split, outcome in outcomes.items()}
+        official = config.dataset.name == "OC20" and all(
+            OFFICIAL_SIZES[config.task].get(split) == size for split, size in sizes.items()
+        )
+        label = config.dataset.name
+        if config.dataset.name == "OC20":
+            label = f"OC20 {config.task.upper()}" if official else "OC20's formats, not its validation splits"
+        systems = sum(outcome.forward_systems for outcome in outcomes.values())
+        forward = sum(outcome.forward_seconds for outcome in outcomes.values())
+        seconds = sum(outcome.seconds for outcome in outcomes.values())
+        progress = state["progress"]
+        document = build_results(
+            task=config.task,
+            dataset=label,
+            oc20=official,
+            run=RunInfo(
+                model=str(config.model["name"]),
+                config=str(self.folder.name),
+                parameters=build.count_parameters(model),
+                checkpoint=checkpoint,
+                step=progress["num_steps_completed"],
+                epoch=progress["num_epochs_completed"],
+                device=_device_words(),
+                frames=build.frame_settings(config, config.frames.evaluation_method),
+                seed=config.job.seed,
+            ),
+            splits={split: outcome.metrics for split, outcome in outcomes.items()},
+            baselines={split: outcome.baselines for split, outcome in outcomes.items() if outcome.baselines},
+            forward_samples_per_s=systems / forward if forward else None,
+            end_to_end_samples_per_s=sum(sizes.values()) / seconds if seconds else None,
+            seconds_per_epoch=float(np.mean(state["epoch_seconds"])) if state["epoch_seconds"] else None,
+            epochs=len(state["epoch_seconds"]) or None,
+        )
+        write_json(document, results / "metrics.json")
+        write_text(render_table(document), results / "table.md")
+        pairs = {s: (o.predictions["energy"], o.predictions["energy_target"]) for s, o in outcomes.items()}
+        plot_parity(pairs, results / "parity_energy.png", dataset=label)
+        if (self.folder / "logs" / "metrics.jsonl").is_file():
+            plot_learning_curve(self.folder / "logs" / "metrics.jsonl", results / "learning_curve.png", dataset=label)
+
+
+def _device_words() -> str:
+    device, world = torch.device(distutils.get_device_for_local_rank()), distutils.get_world_size()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
+    return name if world == 1 else f"{world} x {name}"

@@ -1,0 +1,244 @@
+"""One training run on one rank: label statistics, the loop, checkpoints, early and final evaluation."""
+
+import json
+import logging
+import time
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from fairchem.core.common import distutils
+from torch.utils.data import Dataset, Sampler
+from torchtnt.framework import State, train
+from torchtnt.framework.callback import Callback
+from tqdm import tqdm
+
+from faenet_ocp import build
+from faenet_ocp.checkpoint import load_checkpoint, load_newest, load_weights, save_checkpoint, save_step
+from faenet_ocp.config import SourceConfig
+from faenet_ocp.evaluation import write_json
+from faenet_ocp.loader import Key, TrainBatchSampler, even_slice, make_loader
+from faenet_ocp.loggers import MetricLogger
+from faenet_ocp.references import CompositionFit, CompositionRegression
+from faenet_ocp.tasks import load_tasks_state, make_tasks, needs_fit, tasks_state
+from faenet_ocp.unit import OCPTrainUnit
+
+if TYPE_CHECKING:
+    from faenet_ocp.trainer import OCPRunner
+
+_STATISTICS_LIMIT = 1_000_000
+_HIGHER_IS_BETTER = ("within_threshold", "cosine_similarity")
+
+
+class TrainingRun:
+    """One training run on this rank: statistics, loop, checkpoints, early and final evaluation."""
+
+    def __init__(self, runner: "OCPRunner"):
+        self.runner, self.config, self.folder = runner, runner.config, runner.folder
+        self.checkpoints = self.folder / "checkpoints"
+        self.best: dict[str, Any] = {"value": None, "step": None}
+        self.epoch_seconds: list[float] = []
+        self.logger: MetricLogger | None = None
+
+    def run(self) -> None:
+        """Trains to the end (from the newest checkpoint, if there is one), then evaluates the best weights."""
+        config, source = self.config, self.config.dataset.train
+        if source is None:
+            raise ValueError("dataset.train: missing; it says where the training set lies")
+        self.fit = self._statistics(source)
+        dataset = build.make_dataset(config, source, training=True, cache_dir=self.folder / "cache")
+        optim = config.optim
+        sampler = TrainBatchSampler(
+            len(dataset),  # type: ignore[arg-type]
+            optim.batch_size,
+            seed=config.job.seed,
+            rank=distutils.get_rank(),
+            world_size=distutils.get_world_size(),
+            num_chunks=optim.grad_accumulation,
+        )
+        loader = make_loader(
+            dataset, sampler, num_workers=optim.num_workers, num_chunks=optim.grad_accumulation, persistent=True
+        )
+        self.tasks = make_tasks(config, self.fit)
+        self.unit = OCPTrainUnit(
+            job_config=self.runner.job_config,
+            model=build.make_model(config),
+            tasks=self.tasks,
+            optim=optim,
+            steps_per_epoch=len(sampler),
+            amp=config.job.amp,
+            print_every=config.job.print_every,
+        )
+        self._resume()
+        if distutils.is_master():
+            self.logger = self.unit.metric_logger = MetricLogger(
+                config.logger,
+                self.folder / "logs",
+                identifier=self.folder.name,
+                config=config.model_dump(mode="json"),
+                step=self.unit.train_progress.num_steps_completed,
+            )
+        train(self.unit, loader, max_epochs=optim.max_epochs, max_steps=optim.max_steps, callbacks=[_Hooks(self)])
+        if self.logger is not None:
+            self.logger.close()
+        self._final_report()
+
+    def _resume(self) -> None:
+        found = load_newest(self.checkpoints)
+        if found is None:
+            return
+        path, state = found
+        try:
+            self.unit.load_state_dict(state)
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise ValueError(f"{path} does not fit this configuration: {error}") from error
+        load_tasks_state(self.tasks, state["tasks"])
+        self.best, self.epoch_seconds = state["best"], state["epoch_seconds"]
+        logging.info("going on from %s", path)
+
+    def state(self) -> dict[str, Any]:
+        """All that a checkpoint holds beside format and versions."""
+        return {
+            **self.unit.state_dict(),
+            "config": self.config.model_dump(mode="json"),
+            "tasks": tasks_state(self.tasks),
+            "statistics": self.fit.to_dict() if self.fit else None,
+            "best": self.best,
+            "epoch_seconds": self.epoch_seconds,
+        }
+
+    def save(self) -> None:
+        """Saves the periodic checkpoint of the present step (first rank; the others wait)."""
+        if distutils.is_master():
+            step = self.unit.train_progress.num_steps_completed
+            save_step(self.checkpoints, step, self.state(), keep=self.config.optim.keep_checkpoints)
+        distutils.synchronize()
+
+    def evaluate(self) -> None:
+        """Evaluates all splits with the present weights, logs the metrics, keeps the weights if they are the best."""
+        if not self.config.dataset.val:
+            return
+        outcomes = self.runner.evaluate(self.unit.eval_model, self.tasks, self.fit)
+        step = self.unit.train_progress.num_steps_completed
+        if self.logger is not None:
+            values = {f"{s}/{name}": value for s, o in outcomes.items() for name, value in o.metrics.items()}
+            self.logger.log(step, step / self.unit.steps_per_epoch, values)
+        primary = self.config.evaluation_metrics.primary_metric
+        value = outcomes[primary.split].metrics[primary.metric]
+        shown = ", ".join(f"{s} {o.metrics[primary.metric]:.4f}" for s, o in outcomes.items())
+        logging.info("step %d: %s: %s", step, primary.metric, shown)
+        if self._is_best(value):
+            self.best = {"value": value, "step": step}
+            if distutils.is_master():
+                save_checkpoint(self.checkpoints / "best.pt", self.state())
+        distutils.synchronize()
+
+    def _is_best(self, value: float) -> bool:
+        best = self.best["value"]
+        if best is None:
+            return True
+        higher = any(word in self.config.evaluation_metrics.primary_metric.metric for word in _HIGHER_IS_BETTER)
+        return value > best if higher else value < best
+
+    def _final_report(self) -> None:
+        path = self.checkpoints / "best.pt"
+        results = self.folder / "results" / "metrics.json"
+        if not self.config.dataset.val or not path.is_file():
+            return
+        state = load_checkpoint(path)
+        if results.is_file() and json.loads(results.read_text())["run"]["step"] == self.best["step"]:
+            logging.info("the run is finished and reported")
+            return
+        load_weights(self.unit.raw_model, state)
+        outcomes = self.runner.evaluate(self.unit.raw_model, self.tasks, self.fit)
+        self.runner.report(self.unit.raw_model, outcomes, state | {"epoch_seconds": self.epoch_seconds}, str(path))
+
+    # ---------------------------------------------------------------------------------- statistics
+    def _statistics(self, source: SourceConfig) -> CompositionFit | None:
+        """Least squares on compositions and label statistics of the training set, kept in `statistics.json`."""
+        if not needs_fit(self.config) and not self.config.dataset.val:
+            return None
+        path = self.folder / "statistics.json"
+        dataset = build.make_label_dataset(self.config, source)
+        total = len(dataset)  # type: ignore[arg-type]
+        key = {"src": source.src, "root": self.config.dataset.root, "num_systems": total}
+        if path.is_file():
+            known = json.loads(path.read_text())
+            if known["training_set"] == key:
+                return CompositionFit.from_dict(known["fit"])
+        regression = self._collect(dataset, total)
+        fit = regression.solve()
+        if distutils.is_master():
+            write_json({"training_set": key, "fit": fit.to_dict()}, path)
+        return fit
+
+    def _collect(self, dataset: Dataset, total: int) -> CompositionRegression:
+        """Sums over the training set, each rank its share; above a million systems, a million spread evenly."""
+        used = min(total, _STATISTICS_LIMIT)
+        if used < total:
+            logging.warning("baselines and fits use %d of %d training systems, spread evenly", used, total)
+        chosen = (np.arange(used) * total) // used
+        mine = chosen[even_slice(used, distutils.get_world_size(), distutils.get_rank())]
+        batches = [[(0, int(i)) for i in mine[start : start + 512]] for start in range(0, len(mine), 512)]
+        loader = make_loader(
+            dataset, _Listed(batches), num_workers=self.config.optim.num_workers, collate_fn=_labels_only
+        )
+        regression = CompositionRegression()
+        hidden = None if distutils.is_master() else True
+        for composition, energy in tqdm(loader, desc="label statistics", unit="batch", leave=False, disable=hidden):
+            regression.update(composition, energy)
+        if distutils.get_world_size() > 1:
+            sums = regression.sums.to(distutils.get_device_for_local_rank())
+            dist.all_reduce(sums)
+            regression.sums = sums.cpu()
+        return regression
+
+
+class _Hooks(Callback):
+    """When to evaluate and save."""
+
+    def __init__(self, run: TrainingRun):
+        self.run, self.optim = run, run.config.optim
+        self.epoch_start: float | None = None
+        self.paused = 0.0
+
+    def on_train_epoch_start(self, state: State, unit: Any) -> None:
+        self.epoch_start, self.paused = time.perf_counter(), 0.0
+
+    def on_train_step_end(self, state: State, unit: Any) -> None:
+        before, step = time.perf_counter(), unit.train_progress.num_steps_completed
+        if unit.train_progress.num_steps_completed_in_epoch == unit.steps_per_epoch:
+            return  # the end of the epoch does it
+        if self.optim.eval_every and step % self.optim.eval_every == 0:
+            self.run.evaluate()
+        if self.optim.checkpoint_every and step % self.optim.checkpoint_every == 0:
+            self.run.save()
+        self.paused += time.perf_counter() - before
+
+    def on_train_epoch_end(self, state: State, unit: Any) -> None:
+        if self.epoch_start is not None:  # an epoch that a resumed run only finished is not timed
+            self.run.epoch_seconds.append(time.perf_counter() - self.epoch_start - self.paused)
+            self.epoch_start = None
+        progress = unit.train_progress
+        every, done = self.optim.eval_every_epochs, progress.num_epochs_completed >= self.optim.max_epochs
+        stopped = self.optim.max_steps is not None and progress.num_steps_completed >= self.optim.max_steps
+        due = self.optim.eval_every and progress.num_steps_completed % self.optim.eval_every == 0
+        if done or stopped or due or (every and progress.num_epochs_completed % every == 0):
+            self.run.evaluate()
+        self.run.save()
+
+
+class _Listed(Sampler[list[Key]]):
+    def __init__(self, batches: list[list[Key]]):
+        self.batches = batches
+
+    def __iter__(self) -> Any:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+def _labels_only(samples: list[Any], num_chunks: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.cat([s.composition for s in samples]), torch.cat([s.energy for s in samples])

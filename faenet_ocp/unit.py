@@ -1,0 +1,280 @@
+"""The training step: what fairchem's MLIPTrainEvalUnit lacks for OC20, and nothing else.
+
+Differences from the parent: losses are exact means over the global batch on any number of ranks and micro-batches; the
+EMA warms up; the state is plain data for a single-file checkpoint; throughput and the wait for data are logged.
+"""
+
+import contextlib
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from fairchem.core.common import distutils
+from fairchem.core.datasets.atomic_data import AtomicData
+from fairchem.core.units.mlip_unit.mlip_unit import MLIPTrainEvalUnit, Task
+from omegaconf import DictConfig
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel
+from torchtnt.framework import State
+from tqdm import tqdm
+
+from faenet_ocp.config import OptimConfig
+from faenet_ocp.loggers import MetricLogger
+from faenet_ocp.tasks import loss_mask, task_loss
+
+
+def learning_rate_schedule(optim: OptimConfig, total_steps: int) -> Callable[[int], float]:
+    """Factor of `lr_initial` by step: linear warm-up from `warmup_factor` to 1, then a cosine down to `lr_min_factor`.
+
+    Steps count optimiser steps; the cosine ends at the last step of training.
+    """
+    warmup = optim.warmup_steps
+    if warmup >= total_steps and optim.scheduler == "linear_warmup_cosine":
+        logging.warning(
+            "optim.warmup_steps: %d, but training has only %d steps: the learning rate never reaches lr_initial",
+            warmup,
+            total_steps,
+        )
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return optim.warmup_factor + (1 - optim.warmup_factor) * step / warmup
+        if optim.scheduler == "constant":
+            return 1.0
+        progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
+        return optim.lr_min_factor + (1 - optim.lr_min_factor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    return factor
+
+
+def make_optimizer(optim: OptimConfig) -> Callable[..., torch.optim.Optimizer]:
+    """The optimiser of `torch.optim` that the config names, called with `params`.
+
+    Raises:
+        ValueError: there is no such optimiser, or it does not take the given arguments.
+    """
+    cls = getattr(torch.optim, optim.optimizer, None)
+    if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
+        raise ValueError(f"optim.optimizer: torch.optim has no optimiser {optim.optimizer!r}; e.g. AdamW, Adam, SGD")
+    arguments = {"lr": optim.lr_initial, "weight_decay": optim.weight_decay, **optim.optimizer_params}
+
+    def build(params: Any) -> torch.optim.Optimizer:
+        try:
+            return cls(params, **arguments)
+        except TypeError as error:
+            raise ValueError(f"optim.optimizer_params: {optim.optimizer}: {error}") from error
+
+    build.keywords = {}  # type: ignore[attr-defined]  # fairchem looks here for a decay to exempt parameters from
+    return build
+
+
+class OCPTrainUnit(MLIPTrainEvalUnit):
+    """One optimiser step for each list of micro-batches.
+
+    Args:
+        job_config: fairchem's job section.
+        model: on the CPU, unwrapped.
+        tasks: see `tasks.make_tasks`.
+        optim: the `optim:` section.
+        steps_per_epoch: optimiser steps of an epoch.
+        amp: bfloat16 autocast in the forward pass.
+        print_every: steps between reports.
+    """
+
+    def __init__(
+        self,
+        *,
+        job_config: DictConfig,
+        model: nn.Module,
+        tasks: Sequence[Task],
+        optim: OptimConfig,
+        steps_per_epoch: int,
+        amp: bool,
+        print_every: int,
+    ):
+        total = optim.max_epochs * steps_per_epoch
+        self.total_steps = min(total, optim.max_steps) if optim.max_steps else total
+        schedule = learning_rate_schedule(optim, self.total_steps)
+        super().__init__(
+            job_config=job_config,
+            model=model,
+            optimizer_fn=make_optimizer(optim),
+            cosine_lr_scheduler_fn=lambda n_iters_per_epoch, optimizer: LambdaLR(optimizer, schedule),
+            tasks=[task for task in tasks if task.loss_fn is not None],
+            bf16=amp,
+            print_every=print_every,
+            clip_grad_norm=optim.clip_grad_norm,
+            ema_decay=None,
+            save_inference_ckpt=False,
+        )
+        self.load_scheduler(steps_per_epoch)
+        if optim.ema_decay is not None:
+            self.ema_model = AveragedModel(self.raw_model, multi_avg_fn=_warming_ema(optim.ema_decay))
+        self.steps_per_epoch = steps_per_epoch
+        self.metric_logger: MetricLogger | None = None
+        self._progress_bar: tqdm | None = None
+        self._reset_window()
+
+    @property
+    def raw_model(self) -> nn.Module:
+        """The model without DDP."""
+        return self.model.module if hasattr(self.model, "module") else self.model
+
+    @property
+    def eval_model(self) -> nn.Module:
+        """What is evaluated: the EMA of the weights where there is one."""
+        return self.raw_model if self.ema_model is None else self.ema_model.module
+
+    def train_step(self, state: State, data: list[AtomicData]) -> None:  # type: ignore[override]
+        """Forward, backward and optimiser step over the micro-batches of this rank."""
+        self._note_data_wait(state)
+        device = distutils.get_device_for_local_rank()
+        batches = [batch.to(device) for batch in data]
+        counts = self._global_counts(batches)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = torch.zeros((), device=device)
+        for number, batch in enumerate(batches):
+            last = number == len(batches) - 1
+            with contextlib.nullcontext() if last else self.model.no_sync():
+                part = self._loss(batch, counts)
+                part.backward()
+            loss += part.detach()
+        grad_norm = self._clip()
+        self.optimizer.step()
+        if self.ema_model is not None:
+            self.ema_model.update_parameters(self.raw_model)
+        learning_rate = self.scheduler.get_last_lr()[0]
+        self.scheduler.step()
+        self._window["systems"] += sum(len(batch.natoms) for batch in batches)
+        self._window["steps"] += 1
+        step = self.train_progress.num_steps_completed + 1
+        self._show_progress(step)
+        if step % self.print_every == 0 or step == self.total_steps:
+            self._report(step, loss, learning_rate, grad_norm)
+
+    def _loss(self, batch: AtomicData, counts: dict[str, Tensor]) -> Tensor:
+        """This micro-batch's part of the loss; DDP averages gradients over ranks, hence the world size."""
+        with torch.autocast(
+            device_type=torch.device(batch.pos.device).type, enabled=self.autocast_enabled, dtype=self.autocast_dtype
+        ):
+            predictions = self.model(batch)
+        world = distutils.get_world_size()
+        parts = [task_loss(task, predictions, batch) * (world / counts[task.name]) for task in self.tasks]
+        return torch.stack(parts).sum()
+
+    def _global_counts(self, batches: Sequence[AtomicData]) -> dict[str, Tensor]:
+        """Terms that each loss is a mean over, in all micro-batches of all ranks."""
+        counts = torch.stack(
+            [
+                torch.stack([task.loss_fn.num_terms(batch[task.name], loss_mask(task, batch)) for batch in batches])
+                for task in self.tasks
+            ]
+        ).sum(dim=1)
+        if distutils.get_world_size() > 1:
+            dist.all_reduce(counts)
+        return {task.name: count.clamp(min=1) for task, count in zip(self.tasks, counts, strict=True)}
+
+    def _clip(self) -> Tensor | None:
+        if self.clip_grad_norm is None:
+            return None
+        return nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad_norm)
+
+    # ------------------------------------------------------------------------------------ reports
+    def _reset_window(self) -> None:
+        self._window = {"systems": 0.0, "steps": 0.0, "wait": 0.0}
+        self._window_start = time.perf_counter()
+
+    def _note_data_wait(self, state: State) -> None:
+        if state.train_state is not None:
+            waits = state.train_state.iteration_timer.recorded_durations.get("data_wait_time")
+            if waits:
+                self._window["wait"] += waits[-1]
+
+    def _report(self, step: int, loss: Tensor, learning_rate: float, grad_norm: Tensor | None) -> None:
+        world = distutils.get_world_size()
+        value = float(distutils.all_reduce(loss / world)) if world > 1 else float(loss)
+        if not math.isfinite(value):
+            raise FloatingPointError(
+                f"the loss is {value} at step {step}; lower optim.lr_initial or set clip_grad_norm"
+            )
+        seconds = time.perf_counter() - self._window_start
+        values = {
+            "train/loss": value,
+            "train/lr": learning_rate,
+            "train/samples_per_s": self._window["systems"] * world / seconds,
+            "train/data_wait_share": self._window["wait"] / seconds,
+        }
+        if grad_norm is not None:
+            values["train/grad_norm"] = float(grad_norm)
+        epoch = step / self.steps_per_epoch
+        if self.metric_logger is not None:
+            self.metric_logger.log(step, epoch, values)
+        if distutils.is_master():
+            shown = f"loss {value:.4f}, {values['train/samples_per_s']:.0f} samples/s"
+            if self._progress_bar is not None:
+                self._progress_bar.set_postfix_str(shown)
+            else:
+                logging.info(
+                    "epoch %.2f, step %d of %d: %s, lr %.3g, %.0f %% of the time waiting for data",
+                    epoch,
+                    step,
+                    self.total_steps,
+                    shown,
+                    learning_rate,
+                    100 * values["train/data_wait_share"],
+                )
+        self._reset_window()
+
+    def _show_progress(self, step: int) -> None:
+        if self._progress_bar is None and distutils.is_master():
+            bar = tqdm(total=self.total_steps, initial=step - 1, desc="train", unit="step", disable=None)
+            self._progress_bar = None if bar.disable else bar
+        if self._progress_bar is not None:
+            self._progress_bar.update(step - self._progress_bar.n)
+
+    def on_train_end(self, state: State) -> None:
+        """Ends the progress bar."""
+        if self._progress_bar is not None:
+            self._progress_bar.close()
+        logging.info("training is complete: %d steps", self.train_progress.num_steps_completed)
+
+    # ------------------------------------------------------------------------------------ state
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that training needs to go on, as plain data (DDP keeps ranks equal, so one rank's is enough)."""
+        return {
+            "model": self.raw_model.state_dict(),
+            "ema": None if self.ema_model is None else self.ema_model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "progress": self.train_progress.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of `state_dict`."""
+        self.raw_model.load_state_dict(state["model"])
+        if self.ema_model is not None:
+            self.ema_model.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.train_progress.load_state_dict(state["progress"])
+
+
+def _warming_ema(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor | int], None]:
+    """EMA whose decay grows from 0.1 to `decay` as (1 + n) / (10 + n): early averages are not the initial weights."""
+
+    @torch.no_grad()
+    def update(averages: list[Tensor], currents: list[Tensor], num_averaged: Tensor | int) -> None:
+        n = float(num_averaged)
+        weight = 1 - min(decay, (1 + n) / (10 + n))
+        for average, current in zip(averages, currents, strict=True):
+            if torch.is_floating_point(average):
+                average.lerp_(current.to(average.dtype), weight)
+            else:
+                average.copy_(current)
+
+    return update

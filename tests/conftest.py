@@ -1,0 +1,33 @@
+"""Shared fixtures: small data generated per session, and the OC20 sample where there is one."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import small_data  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def oc20_sample() -> Path:
+    """Folder with a sample in OC20's formats: $FAENET_OCP_SAMPLE, else ../shared/oc20_sample."""
+    folder = Path(os.environ.get("FAENET_OCP_SAMPLE", ROOT.parent / "shared" / "oc20_sample"))
+    if not folder.is_dir():
+        pytest.skip(f"no OC20 sample at {folder} (FAENET_OCP_SAMPLE points elsewhere)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_is2re(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Root folder with is2re/all/{train,val_*}/data.lmdb: 12 training systems, 4 per val split."""
+    return small_data.write_is2re(tmp_path_factory.mktemp("small_is2re"))
+
+
+@pytest.fixture(scope="session")
+def small_s2ef(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Root folder with s2ef/2M/train (two shards) and s2ef/all/val_*: energies and forces."""
+    return small_data.write_s2ef(tmp_path_factory.mktemp("small_s2ef"))
