@@ -35,7 +35,7 @@ def make_dataset(
     Raises:
         ValueError: unknown format, missing path, wrong transform; names the key.
     """
-    transforms = {name: arguments or {} for name, arguments in config.dataset.transforms.items()}
+    transforms = {name: given or {} for name, given in config.dataset.transforms.items() if given is not False}
     return _open(config, source, transforms | _frame_transform(config, training=training), labelled, cache_dir)
 
 

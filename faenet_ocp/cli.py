@@ -143,6 +143,7 @@ def _flat(content: Any, prefix: str = "") -> dict[str, Any]:
 def _launch(job_and_runner: dict[str, Any], folder: Path) -> None:
     """Hands over to fairchem: in this process for one rank, through torch elastic for more."""
     from fairchem.core._cli import get_canonical_config
+    from fairchem.core.common import distutils
     from fairchem.core.launchers.api import JobConfig
     from fairchem.core.launchers.slurm_launch import local_launch
     from omegaconf import OmegaConf
@@ -151,7 +152,10 @@ def _launch(job_and_runner: dict[str, Any], folder: Path) -> None:
     config = get_canonical_config(merged)
     os.makedirs(config.job.metadata.log_dir, exist_ok=True)
     OmegaConf.save(config, config.job.metadata.config_path)
-    local_launch(config, config.job.metadata.log_dir)
+    try:
+        local_launch(config, config.job.metadata.log_dir)
+    finally:
+        distutils.cleanup()
 
 
 def _show(folder: Path, mode: str) -> int:

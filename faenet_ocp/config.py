@@ -61,7 +61,7 @@ class DatasetConfig(_Section):
     format: str = "oc20_lmdb"
     key_mapping: dict[str, str] = {}
     edges: Literal["stored", "recompute"] = "stored"
-    transforms: dict[str, dict[str, Any] | None] = {}
+    transforms: dict[str, dict[str, Any] | Literal[False] | None] = {}
     train: SourceConfig | None = None
     val: dict[str, SourceConfig] = {}
     test: dict[str, SourceConfig] = {}
@@ -286,7 +286,7 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
     while rest:
         argument = rest.pop(0)
         name, equals, value = argument.partition("=")
-        if not name.startswith("--") or "." not in name:
+        if not name.startswith("--") or name[2:].split(".")[0] not in Config.model_fields:
             raise ValueError(
                 f"{argument}: unknown argument; overrides are written --section.key=value (--help lists the flags)"
             )

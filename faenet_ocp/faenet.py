@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from faenet_ocp.embedding import EDGE_EMBED_TYPES, AtomEmbedding, EdgeEmbedding
 from faenet_ocp.force_head import ForceHead
 from faenet_ocp.message_passing import MP_TYPES, BlockOptions, Graph, dense, segment_sum
-from faenet_ocp.options import activation, choice, switched_off, whole_number
+from faenet_ocp.options import activation, choice, flag, positive, switched_off, whole_number
 
 __all__ = ["EnergyHead", "FAENet", "FAENetOutput", "ForceHead"]
 
@@ -98,47 +98,42 @@ class FAENet(nn.Module):
         super().__init__()
         self.hidden_channels = whole_number("hidden_channels", hidden_channels, minimum=1)
         self.num_interactions = whole_number("num_interactions", num_interactions, minimum=1)
+        self.cutoff = positive("cutoff", cutoff)
         self.mp_type = choice("mp_type", mp_type, tuple(MP_TYPES))
         self.graph_norm = _graph_norm(graph_norm)
         self.act = activation("act", act)
-        if cutoff <= 0:
-            raise ValueError(f"cutoff: {cutoff!r} is not a positive distance in Angstrom")
-        num_filters = whole_number("num_filters", num_filters, minimum=2)
-        _warn_without_effect(
-            mp_type=mp_type,
-            att_heads=att_heads,
-            num_filters=num_filters,
-            hidden_channels=hidden_channels,
-            phys_embeds=phys_embeds,
-            phys_hidden_channels=phys_hidden_channels,
-        )
-        if mp_type == "basic":
+        if whole_number("att_heads", att_heads, minimum=1) > 1 and mp_type not in ATTENTION:
+            _warn(f"att_heads: {att_heads} has no effect with mp_type {mp_type!r}")
+        if whole_number("num_filters", num_filters, minimum=2) != hidden_channels and mp_type == "basic":
+            _warn(f"num_filters: {num_filters} has no effect with mp_type 'basic': it is hidden_channels there")
             num_filters = hidden_channels
+        if whole_number("phys_hidden_channels", phys_hidden_channels, minimum=0) and not phys_embeds:
+            _warn(f"phys_hidden_channels: {phys_hidden_channels} has no effect without phys_embeds")
 
         self.atom_embedding = AtomEmbedding(
             hidden_channels=hidden_channels,
             tag_hidden_channels=whole_number("tag_hidden_channels", tag_hidden_channels, minimum=0),
             pg_hidden_channels=whole_number("pg_hidden_channels", pg_hidden_channels, minimum=0),
-            phys_embeds=phys_embeds,
-            phys_hidden_channels=whole_number("phys_hidden_channels", phys_hidden_channels, minimum=0),
-            second_layer=second_layer_MLP,
+            phys_embeds=flag("phys_embeds", phys_embeds),
+            phys_hidden_channels=phys_hidden_channels,
+            second_layer=flag("second_layer_MLP", second_layer_MLP),
             act=self.act,
         )
         self.edge_embedding = EdgeEmbedding(
             edge_embed_type=choice("edge_embed_type", edge_embed_type, EDGE_EMBED_TYPES),
             num_filters=num_filters,
             num_gaussians=whole_number("num_gaussians", num_gaussians, minimum=2),
-            cutoff=cutoff,
-            second_layer=second_layer_MLP,
+            cutoff=self.cutoff,
+            second_layer=flag("second_layer_MLP", second_layer_MLP),
             act=self.act,
         )
         options = BlockOptions(
             hidden_channels=hidden_channels,
             num_filters=num_filters,
             act=self.act,
-            complex_mp=complex_mp,
+            complex_mp=flag("complex_mp", complex_mp),
             graph_norm=self.graph_norm != "none",
-            att_heads=whole_number("att_heads", att_heads, minimum=1),
+            att_heads=att_heads,
         )
         self.blocks = nn.ModuleList(MP_TYPES[mp_type](options) for _ in range(num_interactions))
         self.lin_skip = (
@@ -226,6 +221,8 @@ class EnergyHead(nn.Module):
         self.energy_head = "sum" if switched_off(energy_head) else choice("energy_head", energy_head, ENERGY_HEADS)
         self.skip_co = _skip_co(skip_co)
         self.act = activation("act", act)
+        whole_number("hidden_channels", hidden_channels, minimum=2)
+        whole_number("num_interactions", num_interactions, minimum=1)
         self.lin_1 = nn.Linear(hidden_channels, hidden_channels // 2)
         self.lin_2 = nn.Linear(hidden_channels // 2, 1)
         self.lin_weight = None if self.energy_head == "sum" else nn.Linear(hidden_channels, 1)
@@ -262,10 +259,9 @@ def _graph_norm(value: str | bool) -> str:
         return "none"
     name = choice("graph_norm", "system" if value is True else value, GRAPH_NORMS)
     if name == "batch":
-        warnings.warn(
+        _warn(
             "graph_norm 'batch' normalises over all atoms of a batch: a prediction depends on the "
-            "other systems in the batch. Use it for weights of the published code only",
-            stacklevel=3,
+            "other systems in the batch. Use it for weights of the published code only"
         )
     return name
 
@@ -274,24 +270,5 @@ def _skip_co(value: str | bool) -> str:
     return "none" if switched_off(value) else choice("skip_co", value, SKIP_CONNECTIONS)
 
 
-def _warn_without_effect(
-    *,
-    mp_type: str,
-    att_heads: int,
-    num_filters: int,
-    hidden_channels: int,
-    phys_embeds: bool,
-    phys_hidden_channels: int,
-) -> None:
-    """Warn of options that the others leave without effect."""
-    problems = {
-        f"att_heads: {att_heads} has no effect with mp_type {mp_type!r}": (att_heads != 1 and mp_type not in ATTENTION),
-        f"num_filters: {num_filters} has no effect with mp_type 'basic', which uses "
-        f"hidden_channels ({hidden_channels})": mp_type == "basic" and num_filters != hidden_channels,
-        f"phys_hidden_channels: {phys_hidden_channels} has no effect without phys_embeds": (
-            phys_hidden_channels > 0 and not phys_embeds
-        ),
-    }
-    for message, applies in problems.items():
-        if applies:
-            warnings.warn(message, stacklevel=3)
+def _warn(message: str) -> None:
+    warnings.warn(message, stacklevel=3)

@@ -1,7 +1,7 @@
 """Neighbour graphs with periodic images: building them, and cutting them to a model's cutoff and neighbour count.
 
-Conventions: edge_index[0] is the source (neighbour) j, edge_index[1] the target (centre) i, and the vector of an edge is
-pos[j] - pos[i] + cell_offsets @ cell. Shapes: N atoms, E edges, B systems. Lengths in Angstrom.
+Conventions: edge_index[0] is the source (neighbour) j, edge_index[1] the target (centre) i, and the vector of an edge
+is pos[j] - pos[i] + cell_offsets @ cell. Shapes: N atoms, E edges, B systems. Lengths in Angstrom.
 
 An atom keeps its `max_neighbors` nearest neighbours **and** all others as far away as the last of these, because slabs
 are full of equal distances: which of them a strict cut keeps depends on the order of the atoms and on rounding, so a
@@ -21,7 +21,7 @@ shells. It is counted from that one distance only, so a chain of close distances
 ROUNDING = 1e-4
 """An edge exactly as long as the cutoff is kept on all sides, whatever its last digits are."""
 
-# Beyond these a neighbour list takes minutes, all memory, or ends the process (seen with vesin 0.6); no material is there.
+# Beyond these a neighbour list takes minutes or all memory, or ends the process (seen with vesin 0.6).
 _MAX_COORDINATE = 1e4
 _MAX_IMAGES = 1e4
 
@@ -55,7 +55,7 @@ def limit_neighbors(
     within = torch.nonzero(distances <= cutoff + ROUNDING).view(-1)
     # One sort by target + (distance scaled below 1) instead of two stable ones.
     sort_key = edge_index[1, within].double() + distances[within].double() / (2 * cutoff + 1)
-    order = within[torch.argsort(sort_key)]
+    order = within[torch.argsort(sort_key, stable=True)]
     target, distance = edge_index[1, order], distances[order]
     count = torch.bincount(target, minlength=num_atoms)
     if not (count > max_neighbors).any():
@@ -65,9 +65,7 @@ def limit_neighbors(
     return order[distance <= limit[target]]
 
 
-def build_graph(
-    pos: Tensor, cell: Tensor, pbc: Tensor, *, cutoff: float, max_neighbors: int
-) -> tuple[Tensor, Tensor]:
+def build_graph(pos: Tensor, cell: Tensor, pbc: Tensor, *, cutoff: float, max_neighbors: int) -> tuple[Tensor, Tensor]:
     """Build the graph of one system, with vesin's neighbour list, as ``limit_neighbors`` cuts it.
 
     Args:
@@ -142,4 +140,4 @@ def _check_geometry(points: Tensor, lattice: Tensor, cutoff: float) -> None:
     heights = 1 / torch.linalg.pinv(lattice).norm(dim=0)
     images = float((2 * cutoff / heights + 1).prod())
     if images > _MAX_IMAGES:
-        raise ValueError(f"cell {lattice.tolist()} is too small for a cutoff of {cutoff} A: {images:.3g} images of an atom")
+        raise ValueError(f"cell {lattice.tolist()} is too small for cutoff {cutoff}: {images:.3g} images of each atom")

@@ -38,7 +38,8 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64}
 LABELS = {"energy": ("y_relaxed", "energy", "y"), "forces": ("forces", "force")}
 """The labels, and the names they have had in OC20 files: IS2RE, fairchem 1.x, earlier."""
 NUM_ELEMENTS = 119
-_HOST_KEYS = ("format", "first_n", "sample_n", "no_shuffle", "max_atoms", "subset_to")  # read by fairchem's create_dataset
+# Read by fairchem's create_dataset from the same mapping.
+_HOST_KEYS = ("format", "first_n", "sample_n", "no_shuffle", "max_atoms", "subset_to")
 
 
 class OC20LmdbDataset(BaseDataset[AtomicData]):
@@ -50,13 +51,14 @@ class OC20LmdbDataset(BaseDataset[AtomicData]):
     on (seed, epoch, index) only: not on worker, rank or batch.
 
     Edges: `edges: stored` (the default) takes the record's own and builds them where a record has none; `recompute`
-    always builds them; `none` leaves them to the model. Either way they are cut by ``graph.limit_neighbors`` to `cutoff`
-    and `max_neighbors` **before** transforms, so removing sub-surface atoms does not bring in other neighbours. OC20 stores
+    always builds them; `none` leaves them to the model. Either way ``graph.limit_neighbors`` cuts them to `cutoff` and
+    `max_neighbors` **before** transforms, so removing sub-surface atoms does not bring in other neighbours. OC20 stores
     up to 50 neighbours within 6 A: what a larger limit would add is not in the file, so use `recompute` for that.
 
-    Labels: `key_mapping` ({record's name: energy or forces}) says where a label is; several names may map to one label
-    if each record has one of them. A label without mapping is looked for under the names of all eras (``LABELS``). A record
-    with several candidates is an error, never a guess.
+    Labels: `key_mapping` ({record's name: energy or forces}) says where a label is. Several names may map to one label
+    if each record has one of them; the label's own name serves where a record has none of these. A label without
+    mapping is looked for under the names of all eras (``LABELS``). Several candidates in a record are an error, never
+    a guess.
 
     Args:
         config: a mapping with
@@ -125,10 +127,8 @@ class OC20LmdbDataset(BaseDataset[AtomicData]):
         num_atoms = len(pos)
         if num_atoms == 0 or _whole(fields, "natoms", default=num_atoms) != num_atoms:
             raise RecordError(f"has {num_atoms} positions for {fields.get('natoms')} atoms")
-        cell = _tensor(fields, "cell", (3, 3) if np.ndim(fields.get("cell")) == 2 else (1, 3, 3), self.dtype).view(1, 3, 3)
-        pbc = torch.ones(1, 3, dtype=torch.bool)
-        if "pbc" in fields:
-            pbc = _tensor(fields, "pbc", (1, 3) if np.ndim(fields["pbc"]) == 2 else (3,), torch.bool).view(1, 3)
+        cell = _tensor(fields, "cell", (1, 3, 3), self.dtype)
+        pbc = _tensor(fields, "pbc", (1, 3), torch.bool) if "pbc" in fields else torch.ones(1, 3, dtype=torch.bool)
         atomic_numbers = _tensor(fields, "atomic_numbers", (num_atoms,), torch.long)
         if not 1 <= int(atomic_numbers.min()) <= int(atomic_numbers.max()) < NUM_ELEMENTS:
             raise RecordError(f"has atomic numbers outside 1 to {NUM_ELEMENTS - 1}")
@@ -164,8 +164,7 @@ class OC20LmdbDataset(BaseDataset[AtomicData]):
             raise RecordError(f"has several candidates for {label!r}: {', '.join(present)}; choose with key_mapping")
         if label == "forces":
             return _tensor(fields, present[0], (num_atoms, 3), self.dtype)
-        shape = (1,) if np.ndim(fields[present[0]]) else ()
-        return _tensor(fields, present[0], shape, self.dtype).view(1)
+        return _tensor(fields, present[0], (1,), self.dtype)
 
     def _graph(self, fields: Mapping[str, Any], pos: Tensor, cell: Tensor, pbc: Tensor) -> tuple[Tensor, Tensor]:
         """The sample's edge_index (2, e) and cell_offsets (e, 3)."""
@@ -253,7 +252,7 @@ def _check_config(config: Mapping[str, Any]) -> None:
     if config.get("edges") != "none":
         for key in ("cutoff", "max_neighbors"):
             if not isinstance(config.get(key), int | float) or not config[key] > 0:
-                raise ValueError(f"dataset.{key}: {config.get(key)!r} is no positive number (needed unless edges: none)")
+                raise ValueError(f"dataset.{key}: {config.get(key)!r} must be positive (unless edges: none)")
 
 
 def _label_sources(labels: Sequence[str] | None, key_mapping: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
@@ -277,16 +276,21 @@ def _tensor(fields: Mapping[str, Any], name: str, shape: tuple[int | None, ...],
     if not isinstance(value, np.ndarray | int | float):
         raise RecordError(f"has no field {name!r}" if value is None else f"has no numbers in the field {name!r}")
     array = np.asarray(value)
+    if array.ndim == len(shape) - 1 and shape[0] == 1:
+        array = array[None]  # a system's cell may be (3, 3), its energy a number
     if array.ndim != len(shape) or any(n not in (None, m) for n, m in zip(shape, array.shape, strict=True)):
         expected = ", ".join("any" if n is None else str(n) for n in shape)
         raise RecordError(f"has {name} of shape {array.shape}, not ({expected})")
-    if array.dtype.kind == "f" and not dtype.is_floating_point:
-        if not bool((np.abs(array) < 2**31).all()) or not bool((array == np.rint(array)).all()):
-            raise RecordError(f"has values in {name} that are no whole numbers")
+    if array.dtype.kind == "f" and not dtype.is_floating_point and not _all_whole(array):
+        raise RecordError(f"has values in {name} that are no whole numbers")
     result = torch.from_numpy(array.copy()).to(dtype)
     if dtype.is_floating_point and not bool(torch.isfinite(result).all()):
         raise RecordError(f"has values in {name} that are not finite")
     return result
+
+
+def _all_whole(array: NDArray[Any]) -> bool:
+    return bool((np.abs(array) < 2**31).all()) and bool((array == np.rint(array)).all())
 
 
 def _whole(fields: Mapping[str, Any], name: str, *, default: int) -> int:
@@ -320,7 +324,7 @@ def _read_metadata(files: Sequence[LmdbFile]) -> dict[str, NDArray[Any]]:
             raise ValueError(f"{path}: cannot be read: {error}") from error
         natoms = part.get("natoms")
         if natoms is None or natoms.shape != (count,) or natoms.dtype.kind not in "iu":
-            logger.warning("%s: not used: it has no natoms for exactly the %d records read from its folder", path, count)
+            logger.warning("%s is not used: it has no natoms for exactly the %d records of its folder", path, count)
             return {}
         parts.append({name: array for name, array in part.items() if array.shape[:1] == (count,)})
     common = set.intersection(*(set(part) for part in parts))

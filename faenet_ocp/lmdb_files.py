@@ -8,6 +8,7 @@ import glob
 import logging
 import os
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,8 @@ from faenet_ocp.lmdb_records import RecordError, decode_count
 logger = logging.getLogger(__name__)
 
 _LENGTH_KEY = b"length"
+_PAGE_SIZE_AT = 40  # bytes into a header page
+_PAGE_SIZES = tuple(2**power for power in range(9, 17))
 
 
 def resolve_files(src: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> list[Path]:
@@ -106,10 +109,9 @@ class LmdbFile:
         return value
 
     def _open(self) -> lmdb.Environment:
+        _check_page_size(self.path)
         with self._errors():
-            env = lmdb.open(
-                str(self.path), subdir=False, readonly=True, lock=False, readahead=False, meminit=False, max_spare_txns=1
-            )
+            env = lmdb.open(str(self.path), subdir=False, readonly=True, lock=False, readahead=False)
             used = (env.info()["last_pgno"] + 1) * env.stat()["psize"]
         size = self.path.stat().st_size
         if size < used:  # reading on would end the process with a bus error
@@ -140,3 +142,14 @@ class LmdbFile:
         if count >= entries or (count > 0 and txn.get(b"%d" % (count - 1)) is None):
             raise ValueError(f"{self.path}: its length key says {count} records, but some are missing")
         return range(count)
+
+
+def _check_page_size(path: Path) -> None:
+    """Compare the page sizes in LMDB's two header pages; LMDB trusts them, and a wrong one ends the process."""
+    with path.open("rb") as file:
+        first = file.read(_PAGE_SIZE_AT + 4)[_PAGE_SIZE_AT:]
+        size = int.from_bytes(first, sys.byteorder)
+        file.seek(size + _PAGE_SIZE_AT)
+        second = file.read(4)
+    if len(second) < 4 or second != first or size not in _PAGE_SIZES:
+        raise ValueError(f"{path}: is no LMDB file, or damaged or cut short in its first pages")

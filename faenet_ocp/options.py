@@ -41,6 +41,20 @@ def activation(key: str, value: object) -> Callable[[Tensor], Tensor]:
     return ACTIVATIONS[choice(key, value, tuple(ACTIVATIONS))]
 
 
+def flag(key: str, value: object) -> bool:
+    """Return `value` if it is true or false."""
+    if isinstance(value, bool):
+        return value
+    raise ValueError(f"{key}: {value!r} is not true or false")
+
+
+def positive(key: str, value: object) -> float:
+    """Return `value` if it is a number above zero."""
+    if isinstance(value, int | float) and not isinstance(value, bool) and value > 0:
+        return value
+    raise ValueError(f"{key}: {value!r} is not a positive number")
+
+
 def whole_number(key: str, value: object, *, minimum: int) -> int:
     """Return `value` if it is a whole number, at least `minimum`."""
     if isinstance(value, int) and not isinstance(value, bool) and value >= minimum:

@@ -163,9 +163,7 @@ def write_is2re(root: Path, *, num_train: int = 12, num_val: int = 4) -> Path:
     """
     for number, split in enumerate(SPLITS):
         values = [
-            dump_record(
-                make_fields(i, seed=number), layout="pyg1" if split == "train" else "pyg2"
-            )
+            dump_record(make_fields(i, seed=number), layout="pyg1" if split == "train" else "pyg2")
             for i in range(num_train if split == "train" else num_val)
         ]
         write_lmdb(root / "is2re" / "all" / split / "data.lmdb", values)
@@ -182,8 +180,7 @@ def write_s2ef(root: Path, *, num_train: int = 12, num_val: int = 4) -> Path:
         write_lmdb(root / "s2ef" / "2M" / "train" / f"data.{number:04d}.lmdb", values)
     for number, split in enumerate(SPLITS[1:], start=1):
         values = [
-            dump_record(make_fields(i, task="s2ef", edges=False, seed=number), layout="pyg2")
-            for i in range(num_val)
+            dump_record(make_fields(i, task="s2ef", edges=False, seed=number), layout="pyg2") for i in range(num_val)
         ]
         write_lmdb(root / "s2ef" / "all" / split / "data.0000.lmdb", values)
     return root

@@ -98,9 +98,12 @@ def test_unreadable_files_are_refused(tmp_path: Path, text: str, message: str) -
 def test_overrides() -> None:
     parsed = parse_overrides(["--optim.lr_initial=1e-3", "--dataset.root", "/x"])
     assert parsed == {"optim": {"lr_initial": 1e-3}, "dataset": {"root": "/x"}}
-    assert parse_overrides(["--a.b=[1, x]", "--a.c=true"]) == {"a": {"b": [1, "x"], "c": True}}
+    parsed = parse_overrides(["--model.b=[1, x]", "--model.c=true", "--logger=none"])
+    assert parsed == {"model": {"b": [1, "x"], "c": True}, "logger": "none"}
     with pytest.raises(ValueError, match=r"--batch_size=3: unknown argument"):
         parse_overrides(["--batch_size=3"])
+    with pytest.raises(ValueError, match=r"--optm.batch_size=3: unknown argument"):
+        parse_overrides(["--optm.batch_size=3"])
     with pytest.raises(ValueError, match="a value is missing"):
         parse_overrides(["--optim.batch_size"])
 
