@@ -142,26 +142,33 @@ class FrameAveragedModel(HydraModel):
         self.frames = {"method": "none", "dim": 3, "group": "E", "tolerance": 1e-3, **(frames or {})}
         self.cutoff, self.max_neighbors = cutoff, max_neighbors
 
-    def forward(self, data: AtomicData) -> dict[str, Any]:
-        """Predictions by head and property: energies (B,) and forces (N, 3), as symmetric as the frames are."""
+    def forward(self, data: AtomicData, *, through_frames: bool = False) -> dict[str, Any]:
+        """Predictions by head and property: energies (B,) and forces (N, 3), as symmetric as the frames are.
+
+        Args:
+            data: batch; with `pos.requires_grad` the outputs can be differentiated by the positions.
+            through_frames: compute the frames here, as functions of the positions. Otherwise frames (U and t) are
+                constants in derivatives, and those that the batch carries are used.
+        """
         if data.edge_index.shape[1] == 0:
             data = with_graph(data, self.cutoff, self.max_neighbors)
-        frames = self.frames_of(data)
+        frames = self.frames_of(data, through_frames=through_frames)
         if frames is None:
             return super().forward(data)
         views = _views(frames)
-        seen, atom, atom_view = view_batch(data, views, dim=self.frames["dim"])
+        origin = centroids(data.pos, data.batch, len(data.natoms), dim=self.frames["dim"])
+        seen, atom, atom_view = view_batch(data, views, origin if through_frames else origin.detach())
         outputs = super().forward(seen)
         return _average(outputs, views, atom, atom_view, num_systems=len(data.natoms), num_atoms=len(data.pos))
 
-    def frames_of(self, data: AtomicData) -> Frames | None:
-        """The frames that the batch carries, else those of its positions (constant in gradients); None for `none`."""
-        if "frame_rot" in data:
+    def frames_of(self, data: AtomicData, *, through_frames: bool = False) -> Frames | None:
+        """The frames that the batch carries, else those of its positions; None for `none`."""
+        if "frame_rot" in data and not through_frames:
             return Frames(data.frame_rot, data.frame_weight)
         if self.frames["method"] == "none":
             return None
         return compute_frames(
-            data.pos.detach(),
+            data.pos if through_frames else data.pos.detach(),
             data.batch,
             len(data.natoms),
             atomic_numbers=data.atomic_numbers,
@@ -188,13 +195,18 @@ def with_graph(data: AtomicData, cutoff: float, max_neighbors: int) -> AtomicDat
     return result
 
 
-def view_batch(data: AtomicData, views: Views, *, dim: int) -> tuple[AtomicData, Tensor, Tensor]:
+def view_batch(data: AtomicData, views: Views, origin: Tensor) -> tuple[AtomicData, Tensor, Tensor]:
     """The batch whose systems are the views, with positions and cells in their frames, eqs. (3) and (4).
+
+    Args:
+        data: batch of B systems.
+        views: see `frames.flatten_frames`.
+        origin: t of each system, (B, 3).
 
     Returns:
         the batch of V systems; for each of its M atoms, which atom of `data` it is (M,) and its view (M,).
     """
-    centred = data.pos - centroids(data.pos, data.batch, len(data.natoms), dim=dim).detach()[data.batch]
+    centred = data.pos - origin[data.batch]
     seen = _shallow_copy(data)
     for name in ("frame_rot", "frame_weight"):
         if name in seen:

@@ -26,7 +26,7 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--config", "--config-yml", metavar="YAML", help="configuration file; needed except with --checkpoint")
     add("--mode", choices=("train", "validate", "predict"), default="train")
-    add("--checkpoint", metavar="PT", help="weights to validate or predict with")
+    add("--checkpoint", metavar="PT", help="weights to validate or predict with, or to begin training with")
     job = parser.add_argument_group("run", "each of these is also a key of the section job:")
     job.add_argument("--run-dir", metavar="DIR", help="folder that holds the runs (default: runs)")
     job.add_argument(
@@ -97,8 +97,6 @@ def _merge(flags: argparse.Namespace, overrides: Sequence[str]) -> dict[str, Any
     else:
         raise ValueError("--config: missing; e.g. --config configs/is2re/faenet.yml (--help lists the flags)")
     if flags.checkpoint is not None:
-        if flags.mode == "train":
-            raise ValueError("--checkpoint: is for --mode validate and predict; a run goes on through its --identifier")
         flags.checkpoint = str(Path(flags.checkpoint).resolve())
     raw = recursive_dict_merge(raw, parse_overrides(overrides))
     job = {name: getattr(flags, name) for name in _JOB_FLAGS if getattr(flags, name) is not None}

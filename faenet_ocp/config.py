@@ -77,6 +77,7 @@ class NormalizerConfig(_Section):
 class OutputConfig(_Section):
     """`outputs.<name>:` one predicted property.
 
+    `eval_from: energy_gradient` (forces) evaluates -dE/dX instead of the predicted forces: conservative, and slower.
     `normalizer: fit` takes mean and standard deviation from the training set (after the element references);
     `element_references: fit` subtracts the least-squares energy of the composition, fitted on the training set.
     """
@@ -86,13 +87,15 @@ class OutputConfig(_Section):
     element_references: Literal["fit"] | None = None
     train_on_free_atoms: bool = True
     eval_on_free_atoms: bool = True
+    eval_from: Literal["prediction", "energy_gradient"] = "prediction"
 
 
 class LossConfig(_Section):
-    """One term of the loss, eq. (9)."""
+    """One term of the loss, eq. (9), from `start_epoch` on."""
 
     fn: Literal["mae", "mse", "l2mae"] = "mae"
     coefficient: float = Field(default=1.0, ge=0)
+    start_epoch: int = Field(default=0, ge=0)
 
 
 class PrimaryMetricConfig(_Section):
@@ -103,10 +106,14 @@ class PrimaryMetricConfig(_Section):
 
 
 class EvaluationConfig(_Section):
-    """`evaluation_metrics:` which metrics are reported, and which one chooses the best checkpoint."""
+    """`evaluation_metrics:` which metrics are reported, and which one chooses the best checkpoint.
+
+    Evaluations during training use `max_systems` systems of each split, a fixed random subset; the final one uses all.
+    """
 
     metrics: dict[str, list[str]] = {}
     primary_metric: PrimaryMetricConfig = PrimaryMetricConfig()
+    max_systems: int | None = Field(default=None, ge=1)
 
 
 class OptimConfig(_Section):
@@ -174,7 +181,7 @@ class Config(_Section):
     model: dict[str, Any]
     frames: FramesConfig = FramesConfig(method="none")
     outputs: dict[Literal["energy", "forces"], OutputConfig] = {}
-    loss_functions: list[dict[Literal["energy", "forces"], LossConfig]] = []
+    loss_functions: list[dict[Literal["energy", "forces", "gradient"], LossConfig]] = []
     evaluation_metrics: EvaluationConfig = EvaluationConfig()
     optim: OptimConfig
     logger: LoggerConfig = LoggerConfig()
@@ -192,12 +199,16 @@ class Config(_Section):
         properties = self.properties
         for section, names in (
             ("outputs", self.outputs),
-            ("loss_functions", self.losses),
+            ("loss_functions", [name for name in self.losses if name != "gradient"]),
             ("evaluation_metrics.metrics", self.evaluation_metrics.metrics),
         ):
             for name in names:
                 if name not in properties:
                     raise ValueError(f"{section}.{name}: task {self.task} predicts only {', '.join(properties)}")
+        if "gradient" in self.losses and "forces" not in properties:
+            raise ValueError("loss_functions.gradient: compares forces with -dE/dX, and the task predicts no forces")
+        if "energy" in self.outputs and self.outputs["energy"].eval_from != "prediction":
+            raise ValueError("outputs.energy.eval_from: only forces can be taken from the energy's gradient")
         split = self.evaluation_metrics.primary_metric.split
         if self.dataset.val and split not in self.dataset.val:
             raise ValueError(

@@ -95,7 +95,7 @@ ADSORBATES: dict[str, tuple[str, list[tuple[float, float, float]]]] = {
     "NOH": ("NOH", [_ATOP, (0, 0, 1.28), (0.82, 0, 1.76)]),
     "CHOH": ("COHH", [_ATOP, (0.55, 0, 1.15), (1.4, 0, 1.56), (-0.95, 0, 0.5)]),
 }
-"""Name -> symbols and positions; the first atom points down to the surface."""
+"""Name -> symbols and rough positions; the first atom points down to the surface."""
 
 
 def _compositions() -> dict[str, tuple[str, str, str, str]]:
@@ -355,16 +355,38 @@ def relax(atoms: ase.Atoms, springs: Sequence[Spring] = ()) -> Trajectory:
     )
 
 
-def place(slab: ase.Atoms, name: str, rng: np.random.Generator) -> ase.Atoms:
-    """Put an adsorbate above a random point of the slab, randomly turned and slightly tilted."""
+def bond_springs(name: str, first_atom: int = 0) -> tuple[Spring, ...]:
+    """The springs on the bonds of an adsorbate whose atoms are numbered from `first_atom`."""
+    adsorbate = _adsorbate(name)
+    return tuple(
+        Spring(first_atom + a, first_atom + b, SPRING_START * float(adsorbate.get_distance(a, b)))
+        for a, b in sorted(bonds(adsorbate))
+    )
+
+
+def _adsorbate(name: str) -> ase.Atoms:
     symbols, positions = ADSORBATES[name]
-    adsorbate = ase.Atoms(symbols, positions)
+    return ase.Atoms(symbols, positions, tags=[2] * len(positions))
+
+
+@lru_cache(maxsize=None)
+def free_adsorbate(name: str) -> ase.Atoms:
+    """An adsorbate relaxed on its own (one atom: as it is), its first atom at the origin."""
+    adsorbate = _adsorbate(name)
+    if len(adsorbate) > 1:
+        relax(adsorbate, bond_springs(name))
+        adsorbate.positions -= adsorbate.positions[0]
+    return adsorbate
+
+
+def place(slab: ase.Atoms, name: str, rng: np.random.Generator) -> ase.Atoms:
+    """Put an adsorbate on a site of the slab, randomly turned and slightly tilted."""
+    adsorbate = free_adsorbate(name).copy()
     adsorbate.rotate(rng.uniform(0, 360), "z")
     adsorbate.rotate(rng.uniform(0, 10), "x")
     adsorbate.rotate(rng.uniform(0, 360), "z")
     adsorbate.positions[:, :2] += _draw_site(slab, rng)
     adsorbate.positions[:, 2] += _touching_height(slab, adsorbate) + rng.uniform(0.0, 0.3)
-    adsorbate.set_tags(2)
     system = slab + adsorbate
     system.set_constraint(FixAtoms(mask=system.get_tags() == 0))
     return system
@@ -385,16 +407,21 @@ def _touching_height(slab: ase.Atoms, adsorbate: ase.Atoms) -> float:
     """How far up the adsorbate must go for all its atoms to touch, not overlap, the slab's."""
     images = np.array([(a, b) for a in (-1, 0, 1) for b in (-1, 0, 1)]) @ slab.cell.array[:2]
     points = (slab.positions + images[:, None]).reshape(-1, 3)
-    radii = np.tile(covalent_radii[slab.numbers], len(images))
+    radii = np.tile(_contact_radii(slab), len(images))
     height = -np.inf
-    for position, number in zip(adsorbate.positions, adsorbate.numbers, strict=True):
+    for position, radius in zip(adsorbate.positions, _contact_radii(adsorbate), strict=True):
         aside = np.square(points[:, :2] - position[:2]).sum(axis=1)
         below = aside < 2.2**2
-        up = np.square(radii[below] + covalent_radii[number]) - aside[below]
+        up = np.square(radii[below] + radius) - aside[below]
         # At least 0.5 A above its neighbours, or a small atom would start inside a hollow.
         tops = points[below, 2] + np.sqrt(np.maximum(up, 0.25))
         height = max(height, float(tops.max()) - position[2])
     return height
+
+
+def _contact_radii(atoms: ase.Atoms) -> Array:
+    """Covalent radii, with 0.7 A for hydrogen, which EMT keeps 2 A away from metals."""
+    return np.where(atoms.numbers == 1, 0.7, covalent_radii[atoms.numbers])
 
 
 def bonds(atoms: ase.Atoms) -> set[tuple[int, int]]:
@@ -406,14 +433,6 @@ def bonds(atoms: ase.Atoms) -> set[tuple[int, int]]:
         if np.linalg.norm(atoms.positions[a] - atoms.positions[b])
         < _BOND_FACTOR * covalent_radii[atoms.numbers[[a, b]]].sum()
     }
-
-
-def bond_springs(atoms: ase.Atoms) -> tuple[Spring, ...]:
-    """The springs that hold the adsorbate's bonds, from its initial structure."""
-    return tuple(
-        Spring(a, b, SPRING_START * float(np.linalg.norm(atoms.positions[a] - atoms.positions[b])))
-        for a, b in sorted(bonds(atoms))
-    )
 
 
 def why_unusable(initial: ase.Atoms, relaxed: ase.Atoms, trajectory: Trajectory) -> str | None:

@@ -117,7 +117,7 @@ class _Lines:
     def __init__(self, path: Path):
         self._path = path
         self._is_xz = path.suffix == ".xz"
-        raw = lzma.LZMAFile(path) if self._is_xz else io.FileIO(path)
+        raw = lzma.LZMAFile(path) if self._is_xz else io.FileIO(path)  # noqa: SIM115  # closed with self
         self._file = io.BufferedReader(raw, _BUFFER)
         self.number = 0
 
@@ -138,13 +138,13 @@ class _Lines:
 
 
 class _Columns(NamedTuple):
-    """First column of each property (-1: not wanted), and how many columns a row has."""
+    """First column of each property (None: not wanted), and how many columns a row has."""
 
     species: int
     pos: int
     move_mask: int
     tags: int
-    forces: int
+    forces: int | None
     width: int
 
 
@@ -191,7 +191,8 @@ def _parse_properties(text: bytes, labels: bool) -> _Columns:
     missing = [name for name in wanted if name not in first]
     if missing or len(parts) % 3:
         raise ValueError(f"Properties: {_shown(text)} " + (f"lacks {missing[0]}" if missing else "is incomplete"))
-    return _Columns(**{name: first.get(name, -1) for name in _COLUMN_NAMES} if labels else {**first, "forces": -1}, width=width)
+    species, pos, move_mask, tags = (first[name] for name in ("species", "pos", "move_mask", "tags"))
+    return _Columns(species, pos, move_mask, tags, first["forces"] if labels else None, width)
 
 
 def _parse_rows(
@@ -230,7 +231,7 @@ def _parse_rows(
             raise ValueError("expected finite numbers")
         return values
 
-    forces = vectors(columns.forces) if columns.forces >= 0 else None
+    forces = None if columns.forces is None else vectors(columns.forces)
     return numbers, vectors(columns.pos), tags, ~movable, forces
 
 

@@ -175,7 +175,7 @@ class FAENet(nn.Module):
             source=source,
             target=target,
             edge_embedding=e,
-            local_env=(segment_sum(e, target, h.shape[0]) if self.mp_type == "updown_local_env" else None),
+            local_env=(segment_sum(e.to(h.dtype), target, h.shape[0]) if self.mp_type == "updown_local_env" else None),
             norm_batch=batch if self.graph_norm == "system" else None,
             num_systems=num_systems,
         )

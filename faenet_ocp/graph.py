@@ -55,7 +55,7 @@ def limit_neighbors(
     within = torch.nonzero(distances <= cutoff + ROUNDING).view(-1)
     # One sort by target + (distance scaled below 1) instead of two stable ones.
     sort_key = edge_index[1, within].double() + distances[within].double() / (2 * cutoff + 1)
-    order = within[torch.argsort(sort_key, stable=True)]
+    order = within[torch.argsort(sort_key)]
     target, distance = edge_index[1, order], distances[order]
     count = torch.bincount(target, minlength=num_atoms)
     if not (count > max_neighbors).any():

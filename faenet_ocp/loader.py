@@ -72,10 +72,10 @@ class TrainBatchSampler(Sampler[list[Key]]):
 
 
 class EvalBatchSampler(Sampler[list[Key]]):
-    """Rank r of w takes the samples r, r + w, r + 2w, ... in order: each sample once, no padding."""
+    """Rank r of w takes the samples r, r + w, r + 2w, ... of `indices` in order: each sample once, no padding."""
 
-    def __init__(self, num_samples: int, batch_size: int, *, rank: int = 0, world_size: int = 1):
-        self.indices = range(rank, num_samples, world_size)
+    def __init__(self, indices: Sequence[int], batch_size: int, *, rank: int = 0, world_size: int = 1):
+        self.indices = indices[rank::world_size]
         self.batch_size = max(1, batch_size // world_size)
 
     def __len__(self) -> int:
@@ -83,7 +83,7 @@ class EvalBatchSampler(Sampler[list[Key]]):
 
     def __iter__(self) -> Iterator[list[Key]]:
         for start in range(0, len(self.indices), self.batch_size):
-            yield [(0, index) for index in self.indices[start : start + self.batch_size]]
+            yield [(0, int(index)) for index in self.indices[start : start + self.batch_size]]
 
 
 def collate(samples: Sequence[AtomicData], num_chunks: int = 1) -> list[AtomicData]:

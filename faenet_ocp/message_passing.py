@@ -98,7 +98,10 @@ class _MessageSum(torch.autograd.Function):
 
 
 def sum_messages(filters: Tensor, values: Tensor, graph: Graph) -> Tensor:
-    """m_i = sum over edges j -> i of f_ij * v_j: (E, M), (N, M) -> (N, M)."""
+    """m_i = sum over edges j -> i of f_ij * v_j: (E, M), (N, M) -> (N, M).
+
+    Sums have the precision of the values, which under autocast is to be that of the embeddings.
+    """
     return _MessageSum.apply(filters, values, graph.source, graph.target)
 
 
@@ -219,7 +222,8 @@ class UpDownConvolution(InteractionBlock):
 
     def aggregate(self, h: Tensor, graph: Graph) -> Tensor:
         """Sum of the filtered, scaled-down embeddings of the neighbours, (N, F)."""
-        return sum_messages(self.filter(h, graph), self.act(self.lin_down(h)), graph)
+        values = self.act(self.lin_down(h)).to(h.dtype)
+        return sum_messages(self.filter(h, graph), values, graph)
 
 
 class LocalEnvConvolution(InteractionBlock):
@@ -237,8 +241,8 @@ class LocalEnvConvolution(InteractionBlock):
 
     def aggregate(self, h: Tensor, graph: Graph) -> Tensor:
         """Sum of the filtered, scaled-down embeddings of the neighbours, (N, F)."""
-        filters = self.lin_filter(graph.edge_embedding)
-        return sum_messages(filters, self.act(self.lin_down(h)), graph)
+        values = self.act(self.lin_down(h)).to(h.dtype)
+        return sum_messages(self.lin_filter(graph.edge_embedding), values, graph)
 
     def update(self, m: Tensor, graph: Graph) -> Tensor:
         """Messages and local environment to hidden channels, (N, C); linear."""
@@ -281,7 +285,7 @@ class Attention(InteractionBlock):
         if not self.multiply:
             key = key + edges
         scores = (query * key).sum(dim=-1) / math.sqrt(channels)  # (E, heads)
-        weights = softmax(scores, graph.target, num_nodes=num_atoms).unsqueeze(-1)
+        weights = softmax(scores.to(h.dtype), graph.target, num_nodes=num_atoms).unsqueeze(-1)
         messages = weights * (value * edges if self.multiply else value + edges)
         return segment_sum(messages, graph.target, num_atoms).mean(dim=1)
 

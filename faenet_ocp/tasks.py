@@ -56,7 +56,7 @@ class SummedLoss(nn.Module):
 
     def __init__(self, term: LossConfig):
         super().__init__()
-        self.fn, self.coefficient = _LOSSES[term.fn](), term.coefficient
+        self.fn, self.coefficient, self.start_epoch = _LOSSES[term.fn](), term.coefficient, term.start_epoch
         self.by_component = term.fn != "l2mae"
 
     def forward(self, pred: Tensor, target: Tensor, mask: Tensor, natoms: Tensor) -> Tensor:
@@ -84,6 +84,36 @@ def task_loss(task: Task, outputs: Mapping[str, Any], batch: AtomicData) -> Tens
         target = task.element_references.apply_refs(batch, target)
     target = task.normalizer.norm(target)
     return task.loss_fn(outputs[task.name][task.property], target, loss_mask(task, batch), batch.natoms)
+
+
+def energy_gradient_forces(
+    tasks: Sequence[Task], outputs: Mapping[str, Any], pos: Tensor, *, keep_graph: bool = False
+) -> Tensor:
+    """-dE/dX in the units of the normalised forces, (N, 3), without a graph of its own.
+
+    Args:
+        tasks: energy and forces among them.
+        outputs: of the model, for a batch whose `pos` required gradients.
+        pos: (N, 3).
+        keep_graph: the outputs will be differentiated again.
+    """
+    scale = {task.name: task.normalizer.rmsd for task in tasks}
+    energy = outputs["energy"]["energy"].sum()
+    (gradient,) = torch.autograd.grad(energy, pos, retain_graph=keep_graph)
+    return -gradient * (scale["energy"] / scale["forces"]).to(gradient)
+
+
+def conservative_outputs(model: nn.Module, tasks: Sequence[Task], batch: AtomicData) -> dict[str, Any]:
+    """Model outputs with -dE/dX as forces, differentiated through the frames: the energy is conserved exactly.
+
+    The graph (which atoms are neighbours) is constant in the derivative. Where two principal moments are equal the
+    frames have no derivative and the forces are not finite.
+    """
+    with torch.enable_grad():
+        batch.pos.requires_grad_(True)
+        outputs = dict(model(batch, through_frames=True))
+        outputs["forces"] = {"forces": energy_gradient_forces(tasks, outputs, batch.pos)}
+    return outputs
 
 
 def needs_fit(config: Config) -> bool:

@@ -4,7 +4,7 @@ A run lives in one folder: `config.yml` (resolved), `checkpoints/`, `logs/`, `re
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -172,10 +172,12 @@ class OCPRunner(Runner):
             )
         return self._datasets[split]
 
-    def evaluate(self, model: nn.Module, tasks: list[Any], fit: CompositionFit | None) -> dict[str, SplitOutcome]:
-        """Every validation split, in the order of the config."""
+    def evaluate(
+        self, model: nn.Module, tasks: list[Any], fit: CompositionFit | None, *, max_systems: int | None = None
+    ) -> dict[str, SplitOutcome]:
+        """Every validation split, in the order of the config; with `max_systems`, a fixed random subset of each."""
         return {
-            split: self._run_split(model, tasks, split, source, fit=fit)
+            split: self._run_split(model, tasks, split, source, fit=fit, max_systems=max_systems)
             for split, source in self.config.dataset.val.items()
         }
 
@@ -188,17 +190,31 @@ class OCPRunner(Runner):
         *,
         labelled: bool = True,
         fit: CompositionFit | None = None,
+        max_systems: int | None = None,
     ) -> SplitOutcome:
         optim = self.config.optim
         dataset = self.split_dataset(split, source, labelled=labelled)
+        indices: Sequence[int] = range(len(dataset))  # type: ignore[arg-type]
+        if max_systems is not None and max_systems < len(indices):
+            generator = np.random.default_rng(self.config.job.seed)
+            indices = np.sort(generator.choice(len(indices), max_systems, replace=False)).tolist()
         sampler = EvalBatchSampler(
-            len(dataset),  # type: ignore[arg-type]
+            indices,
             optim.eval_batch_size or optim.batch_size,
             rank=distutils.get_rank(),
             world_size=distutils.get_world_size(),
         )
         loader = make_loader(dataset, sampler, num_workers=optim.num_workers)
-        return run_split(model, tasks, loader, split=split, labelled=labelled, fit=fit, amp=self.config.job.amp)
+        return run_split(
+            model,
+            tasks,
+            loader,
+            split=split,
+            labelled=labelled,
+            fit=fit,
+            amp=self.config.job.amp,
+            conservative=self.config.output("forces").eval_from == "energy_gradient",
+        )
 
     def predict(self, model: nn.Module, tasks: list[Any]) -> None:
         """Predicts the test splits (or, without any, the validation splits) to `results/predictions/<split>.npz`.
@@ -268,6 +284,9 @@ class OCPRunner(Runner):
         write_text(render_table(document), results / "table.md")
         pairs = {s: (o.predictions["energy"], o.predictions["energy_target"]) for s, o in outcomes.items()}
         plot_parity(pairs, results / "parity_energy.png", dataset=label)
+        forces = {split: outcome.forces for split, outcome in outcomes.items() if outcome.forces is not None}
+        if forces:
+            plot_parity(forces, results / "parity_forces.png", dataset=label, quantity="forces")
         if (self.folder / "logs" / "metrics.jsonl").is_file():
             plot_learning_curve(self.folder / "logs" / "metrics.jsonl", results / "learning_curve.png", dataset=label)
 

@@ -21,7 +21,7 @@ from faenet_ocp.evaluation import write_json
 from faenet_ocp.loader import Key, TrainBatchSampler, even_slice, make_loader
 from faenet_ocp.loggers import MetricLogger
 from faenet_ocp.references import CompositionFit, CompositionRegression
-from faenet_ocp.tasks import load_tasks_state, make_tasks, needs_fit, tasks_state
+from faenet_ocp.tasks import SummedLoss, load_tasks_state, make_tasks, needs_fit, tasks_state
 from faenet_ocp.unit import OCPTrainUnit
 
 if TYPE_CHECKING:
@@ -66,6 +66,7 @@ class TrainingRun:
             model=build.make_model(config),
             tasks=self.tasks,
             optim=optim,
+            gradient_loss=SummedLoss(config.losses["gradient"]) if "gradient" in config.losses else None,
             steps_per_epoch=len(sampler),
             amp=config.job.amp,
             print_every=config.job.print_every,
@@ -87,6 +88,8 @@ class TrainingRun:
     def _resume(self) -> None:
         found = load_newest(self.checkpoints)
         if found is None:
+            if self.runner.checkpoint is not None:
+                self._fine_tune(self.runner.checkpoint)
             return
         path, state = found
         try:
@@ -96,6 +99,15 @@ class TrainingRun:
         load_tasks_state(self.tasks, state["tasks"])
         self.best, self.epoch_seconds = state["best"], state["epoch_seconds"]
         logging.info("going on from %s", path)
+
+    def _fine_tune(self, path: str) -> None:
+        """Begins with the weights of another run, and with its units, which belong to the weights."""
+        state = load_checkpoint(path)
+        load_weights(self.unit.raw_model, state)
+        load_tasks_state(self.tasks, state["tasks"])
+        if self.unit.ema_model is not None:
+            self.unit.ema_model.module.load_state_dict(self.unit.raw_model.state_dict())
+        logging.info("beginning with the weights of %s", path)
 
     def state(self) -> dict[str, Any]:
         """All that a checkpoint holds beside format and versions."""
@@ -119,7 +131,8 @@ class TrainingRun:
         """Evaluates all splits with the present weights, logs the metrics, keeps the weights if they are the best."""
         if not self.config.dataset.val:
             return
-        outcomes = self.runner.evaluate(self.unit.eval_model, self.tasks, self.fit)
+        limit = self.config.evaluation_metrics.max_systems
+        outcomes = self.runner.evaluate(self.unit.eval_model, self.tasks, self.fit, max_systems=limit)
         step = self.unit.train_progress.num_steps_completed
         if self.logger is not None:
             values = {f"{s}/{name}": value for s, o in outcomes.items() for name, value in o.metrics.items()}

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from faenet_ocp.config import OptimConfig
 from faenet_ocp.loggers import MetricLogger
-from faenet_ocp.tasks import loss_mask, task_loss
+from faenet_ocp.tasks import SummedLoss, energy_gradient_forces, loss_mask, task_loss
 
 
 def learning_rate_schedule(optim: OptimConfig, total_steps: int) -> Callable[[int], float]:
@@ -81,6 +81,8 @@ class OCPTrainUnit(MLIPTrainEvalUnit):
         model: on the CPU, unwrapped.
         tasks: see `tasks.make_tasks`.
         optim: the `optim:` section.
+        gradient_loss: the third term of eq. (9): predicted forces against -dE/dX, a constant target. The frames are
+            constants in the derivative.
         steps_per_epoch: optimiser steps of an epoch.
         amp: bfloat16 autocast in the forward pass.
         print_every: steps between reports.
@@ -93,6 +95,7 @@ class OCPTrainUnit(MLIPTrainEvalUnit):
         model: nn.Module,
         tasks: Sequence[Task],
         optim: OptimConfig,
+        gradient_loss: SummedLoss | None,
         steps_per_epoch: int,
         amp: bool,
         print_every: int,
@@ -113,6 +116,8 @@ class OCPTrainUnit(MLIPTrainEvalUnit):
             save_inference_ckpt=False,
         )
         self.load_scheduler(steps_per_epoch)
+        self.all_tasks, self.gradient_loss = list(tasks), gradient_loss
+        self.loss_names = [task.name for task in self.tasks] + (["gradient"] if gradient_loss else [])
         if optim.ema_decay is not None:
             self.ema_model = AveragedModel(self.raw_model, multi_avg_fn=_warming_ema(optim.ema_decay))
         self.steps_per_epoch = steps_per_epoch
@@ -137,13 +142,13 @@ class OCPTrainUnit(MLIPTrainEvalUnit):
         batches = [batch.to(device) for batch in data]
         counts = self._global_counts(batches)
         self.optimizer.zero_grad(set_to_none=True)
-        loss = torch.zeros((), device=device)
+        losses = torch.zeros(len(self.loss_names), device=device, dtype=torch.float64)
         for number, batch in enumerate(batches):
             last = number == len(batches) - 1
             with contextlib.nullcontext() if last else self.model.no_sync():
-                part = self._loss(batch, counts)
-                part.backward()
-            loss += part.detach()
+                parts = self._losses(batch, counts)
+                parts.sum().backward()
+            losses += parts.detach()
         grad_norm = self._clip()
         self.optimizer.step()
         if self.ema_model is not None:
@@ -155,29 +160,46 @@ class OCPTrainUnit(MLIPTrainEvalUnit):
         step = self.train_progress.num_steps_completed + 1
         self._show_progress(step)
         if step % self.print_every == 0 or step == self.total_steps:
-            self._report(step, loss, learning_rate, grad_norm)
+            self._report(step, losses, learning_rate, grad_norm)
 
-    def _loss(self, batch: AtomicData, counts: dict[str, Tensor]) -> Tensor:
-        """This micro-batch's part of the loss; DDP averages gradients over ranks, hence the world size."""
-        with torch.autocast(
-            device_type=torch.device(batch.pos.device).type, enabled=self.autocast_enabled, dtype=self.autocast_dtype
-        ):
-            predictions = self.model(batch)
-        world = distutils.get_world_size()
-        parts = [task_loss(task, predictions, batch) * (world / counts[task.name]) for task in self.tasks]
-        return torch.stack(parts).sum()
+    def _losses(self, batch: AtomicData, counts: Tensor) -> Tensor:
+        """This micro-batch's part of each loss; DDP averages gradients over ranks, hence the world size."""
+        use_gradient = self.gradient_loss is not None and self._active(self.gradient_loss)
+        if use_gradient:
+            batch.pos.requires_grad_(True)
+        with torch.autocast(batch.pos.device.type, enabled=self.autocast_enabled, dtype=self.autocast_dtype):
+            outputs = self.model(batch)
+        # A term that has not begun is multiplied by 0: every parameter takes part in every step, as DDP wants.
+        parts = [task_loss(task, outputs, batch) * float(self._active(task.loss_fn)) for task in self.tasks]
+        if self.gradient_loss is not None:
+            parts.append(parts[0].new_zeros(()))
+        if self.gradient_loss is not None and use_gradient:
+            target = energy_gradient_forces(self.all_tasks, outputs, batch.pos, keep_graph=True)
+            mask = loss_mask(self._force_task, batch)
+            parts[-1] = self.gradient_loss(outputs["forces"]["forces"], target, mask, batch.natoms)
+        return torch.stack(parts) * (distutils.get_world_size() / counts)
 
-    def _global_counts(self, batches: Sequence[AtomicData]) -> dict[str, Tensor]:
-        """Terms that each loss is a mean over, in all micro-batches of all ranks."""
+    @property
+    def _force_task(self) -> Task:
+        return next(task for task in self.all_tasks if task.name == "forces")
+
+    def _active(self, loss: SummedLoss) -> bool:
+        return self.train_progress.num_epochs_completed >= loss.start_epoch
+
+    def _global_counts(self, batches: Sequence[AtomicData]) -> Tensor:
+        """Terms that each loss is a mean over, in all micro-batches of all ranks, (number of losses,)."""
+        terms = [(task, task.loss_fn) for task in self.tasks]
+        if self.gradient_loss is not None:
+            terms.append((self._force_task, self.gradient_loss))
         counts = torch.stack(
             [
-                torch.stack([task.loss_fn.num_terms(batch[task.name], loss_mask(task, batch)) for batch in batches])
-                for task in self.tasks
+                torch.stack([loss.num_terms(batch[task.name], loss_mask(task, batch)) for batch in batches]).sum()
+                for task, loss in terms
             ]
-        ).sum(dim=1)
+        ).to(torch.float64)
         if distutils.get_world_size() > 1:
             dist.all_reduce(counts)
-        return {task.name: count.clamp(min=1) for task, count in zip(self.tasks, counts, strict=True)}
+        return counts.clamp(min=1)
 
     def _clip(self) -> Tensor | None:
         if self.clip_grad_norm is None:
@@ -195,9 +217,12 @@ class OCPTrainUnit(MLIPTrainEvalUnit):
             if waits:
                 self._window["wait"] += waits[-1]
 
-    def _report(self, step: int, loss: Tensor, learning_rate: float, grad_norm: Tensor | None) -> None:
+    def _report(self, step: int, losses: Tensor, learning_rate: float, grad_norm: Tensor | None) -> None:
         world = distutils.get_world_size()
-        value = float(distutils.all_reduce(loss / world)) if world > 1 else float(loss)
+        if world > 1:
+            dist.all_reduce(losses)
+        parts = dict(zip(self.loss_names, (losses / world).tolist(), strict=True))
+        value = sum(parts.values())
         if not math.isfinite(value):
             raise FloatingPointError(
                 f"the loss is {value} at step {step}; lower optim.lr_initial or set clip_grad_norm"
@@ -209,6 +234,8 @@ class OCPTrainUnit(MLIPTrainEvalUnit):
             "train/samples_per_s": self._window["systems"] * world / seconds,
             "train/data_wait_share": self._window["wait"] / seconds,
         }
+        if len(parts) > 1:
+            values |= {f"train/loss_{name}": part for name, part in parts.items()}
         if grad_norm is not None:
             values["train/grad_norm"] = float(grad_norm)
         epoch = step / self.steps_per_epoch

@@ -17,7 +17,9 @@ from tqdm import tqdm
 
 from faenet_ocp.evaluation import BaselineMetrics, EnergyMetrics, ForceMetrics
 from faenet_ocp.references import CompositionFit
-from faenet_ocp.tasks import to_physical
+from faenet_ocp.tasks import conservative_outputs, to_physical
+
+_PLOTTED_ATOMS = 20_000
 
 
 @dataclass
@@ -28,6 +30,7 @@ class SplitOutcome:
         metrics: by name; empty for a split without labels.
         baselines: by row and name; empty without training statistics.
         predictions: on the first rank, in the order of the data set: `ids` (str), `energy` (eV), `energy_target`.
+        forces: pairs of predicted and labelled forces (M, 3) of the first free atoms, for a plot; empty without forces.
         num_systems: over all ranks.
         forward_seconds: in the model's forward pass, the slowest rank's; without the first batch where there are more.
         forward_systems: systems that `forward_seconds` stands for, over all ranks.
@@ -37,6 +40,7 @@ class SplitOutcome:
     metrics: dict[str, float | int] = field(default_factory=dict)
     baselines: dict[str, dict[str, float | int]] = field(default_factory=dict)
     predictions: dict[str, np.ndarray] = field(default_factory=dict)
+    forces: tuple[np.ndarray, np.ndarray] | None = None
     num_systems: int = 0
     forward_seconds: float = 0.0
     forward_systems: int = 0
@@ -53,6 +57,7 @@ def run_split(
     labelled: bool = True,
     fit: CompositionFit | None = None,
     amp: bool = False,
+    conservative: bool = False,
 ) -> SplitOutcome:
     """Predicts every system of a split once.
 
@@ -64,6 +69,7 @@ def run_split(
         labelled: whether there are labels to compare with.
         fit: statistics of the training set, for the baselines.
         amp: bfloat16 autocast.
+        conservative: forces are -dE/dX instead of the predicted ones.
 
     Raises:
         ValueError: no systems, or predictions or labels that are not finite.
@@ -81,7 +87,7 @@ def run_split(
                 _synchronize(device)
                 before = time.perf_counter()
                 with torch.autocast(device_type=device.type, dtype=torch.bfloat16, enabled=amp):
-                    outputs = model(batch)
+                    outputs = conservative_outputs(model, tasks, batch) if conservative else model(batch)
                 _synchronize(device)
                 collected.add(batch, to_physical(tasks, outputs, batch), time.perf_counter() - before)
     finally:
@@ -100,6 +106,8 @@ class _Collector:
         self.eval_free = all(task.eval_on_free_atoms for task in tasks if task.level == "atom")
         self.rows: list[tuple[list[str], np.ndarray, np.ndarray | None]] = []
         self.forward: list[tuple[float, int]] = []
+        self.plotted: list[tuple[Tensor, Tensor]] = []
+        self.num_plotted = 0
 
     def add(self, batch: AtomicData, predictions: dict[str, Tensor], seconds: float) -> None:
         energy = predictions["energy"].double().cpu()
@@ -121,6 +129,9 @@ class _Collector:
                 energy_pred=energy.to(batch.forces.device),
                 energy_target=target,
             )
+            if self.num_plotted < _PLOTTED_ATOMS:
+                self.plotted.append((predictions["forces"][free].cpu(), batch.forces[free].cpu()))
+                self.num_plotted += len(self.plotted[-1][0])
 
     def outcome(self, split: str, seconds: float) -> SplitOutcome:
         for sums in (self.energy, self.forces, self.baselines):
@@ -140,6 +151,9 @@ class _Collector:
             result.metrics = self.energy.compute(split)
             if self.forces is not None:
                 result.metrics |= self.forces.compute(split)
+                if self.plotted:
+                    pred, target = (torch.cat(part).numpy() for part in zip(*self.plotted, strict=True))
+                    result.forces = (pred[:_PLOTTED_ATOMS], target[:_PLOTTED_ATOMS])
             if self.baselines is not None:
                 result.baselines = self.baselines.compute(split)
         return result

@@ -36,9 +36,7 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
     options = Options(labels=not args.test_data, ref_energy=args.ref_energy, get_edges=args.get_edges)
     try:
-        frames = prepare(
-            args.data_path, args.out_path, options=options, num_workers=args.num_workers, chunk=args.chunk
-        )
+        frames = prepare(args.data_path, args.out_path, options=options, num_workers=args.num_workers, chunk=args.chunk)
     except (ValueError, OSError, RuntimeError) as error:
         sys.exit(f"error: {error}")
     logging.info("%s: %d frames", args.out_path, frames)

@@ -121,7 +121,9 @@ def _errors(model: nn.Module, *, dim: int, det: float, dtype: torch.dtype = torc
         for seed in range(3):
             motion = _orthogonal(seed, dim=dim, det=det)
             after = model(atomicdata_list_to_batch([_sample(i, dtype, motion=motion) for i in range(3)]))
-            worst_energy = max(worst_energy, float((after["energy"]["energy"] - before["energy"]["energy"]).abs().max()))
+            worst_energy = max(
+                worst_energy, float((after["energy"]["energy"] - before["energy"]["energy"]).abs().max())
+            )
             turned = before["forces"]["forces"] @ motion.to(dtype)
             worst_forces = max(worst_forces, float((after["forces"]["forces"] - turned).abs().max()))
     return worst_energy, worst_forces
@@ -213,7 +215,7 @@ def test_predictions_do_not_depend_on_companions() -> None:
 def test_views_keep_systems_edges_and_lists_together() -> None:
     batch = atomicdata_list_to_batch([_sample(i) for i in range(3)])
     views = flatten_frames(compute_frames(batch.pos, batch.batch, 3, method="full", dim=2, group="SE"))
-    seen, atom, atom_view = view_batch(batch, views, dim=2)
+    seen, atom, atom_view = view_batch(batch, views, torch.zeros(3, 3, dtype=torch.float64))
     assert seen.natoms.tolist() == [n for n in batch.natoms.tolist() for _ in range(2)]
     assert torch.equal(seen.batch, atom_view)
     assert torch.equal(seen.batch[seen.edge_index[0]], seen.batch[seen.edge_index[1]])

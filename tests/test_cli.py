@@ -218,7 +218,7 @@ def test_wandb_offline(small_is2re: Path, tmp_path: Path, monkeypatch: pytest.Mo
         (["--evaluation_metrics.primary_metric.metric=mea"], "unknown metric 'mea'"),
         (["--evaluation_metrics.metrics={energy: [mael]}"], "unknown metric 'energy_mael'; did you mean energy_mae?"),
         (["--mode", "validate"], "--checkpoint: --mode validate needs the weights to use"),
-        (["--checkpoint", "x.pt"], "--checkpoint: is for --mode validate and predict"),
+        (["--checkpoint", "gone.pt"], "gone.pt: there is no such file"),
     ],
 )
 def test_mistakes_end_before_any_work(

@@ -442,14 +442,18 @@ def test_few_tensors_per_edge_are_kept_for_the_gradient(batch):
     assert len(kept) == 2 + 2 * 3
 
 
-def test_autocast_keeps_sums_in_full_precision(batch):
-    parts = build()
+@pytest.mark.parametrize("kind", MP_TYPES)
+def test_autocast_keeps_sums_in_full_precision(kind, batch):
+    parts = build(mp_type=kind, num_filters=40)
     exact = predict(parts, batch)
+    sums = []
+    for block in parts[0].blocks:
+        block.norm.register_forward_hook(lambda module, arguments, output: sums.append(arguments[0].dtype))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         energy, forces = predict(parts, batch)
         embedding = parts[0](**batch.arguments).node_embedding
 
-    assert energy.dtype == forces.dtype == embedding.dtype == torch.float32
+    assert {energy.dtype, forces.dtype, embedding.dtype, *sums} == {torch.float32}
     assert 0 < (energy - exact[0]).abs().max() < 0.05 * exact[0].abs().max()
 
 

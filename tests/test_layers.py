@@ -12,9 +12,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "faenet_ocp"
 # Lower layers first; a file may import only from files listed before it.
 LAYERS = [
-    "versions options elements references graph frames restricted_pickle lmdb_files lmdb_writer extxyz download".split(),
+    "versions options elements references graph frames restricted_pickle lmdb_writer extxyz download".split(),
     "embedding message_passing force_head lmdb_records evaluation plots".split(),
-    "faenet transforms report demo_systems prepare_s2ef".split(),
+    "lmdb_files faenet transforms report demo_systems prepare_s2ef".split(),
     "reference_weights lmdb_dataset checkpoint config demo".split(),
     "backbone loader loggers tasks".split(),
     "build unit validation".split(),
