@@ -159,7 +159,7 @@ class Predictor:
         data = self.transforms(data, self.generator)
         if not torch.equal(data.pos, pos[data.atom_id]):
             raise ValueError(
-                "a transform of the checkpoint moves the atoms; its forces would belong to other positions"
+                "a transform of the checkpoint moves atoms; its forces would belong to other positions"
             )
         return data
 

@@ -1,34 +1,29 @@
 """Adsorbates on metal slabs, relaxed with effective-medium theory: the physics of the demo data.
 
 Energies are ASE's EMT potential plus, for each bond of an adsorbate, a one-sided ("Hookean") spring
-that acts only beyond 1.1 times the bond's initial length. EMT knows metallic bonds only: without the
-springs nine of ten OH, CH2, NH2, ... fall apart while they relax. Adsorption energies are relative to
-the relaxed clean slab and to H2, N2, H2O and CO in the gas phase, as in OC20.
+that acts only beyond 1.1 times the bond's usual length. EMT knows metallic bonds only: without the
+springs nine of ten OH, CH2, NH2, ... fall apart while they relax. Adsorption energies are relative
+to the relaxed clean slab and to H2, N2, H2O and CO in the gas phase, as in OC20.
 
-Legend: N atoms, P pairs, T steps of a relaxation. Angstrom, eV, eV/A.
+Legend: N atoms, T steps of a relaxation. Angstrom, eV, eV/A.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import combinations, permutations
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import ase
 import numpy as np
-import vesin
 from ase.build import molecule, surface
-from ase.calculators.calculator import Calculator, all_changes
-from ase.calculators.emt import EMT, beta
 from ase.constraints import FixAtoms
 from ase.data import covalent_radii
 from ase.optimize import LBFGS
-from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
 
-Array = NDArray[np.floating[Any]]
+from faenet_ocp.demo_emt import Array, PairEMT, Spring
 
-SPRING_CONSTANT = 15.0
 SPRING_START = 1.1
 _BOND_FACTOR = 1.25  # atoms are bonded up to this multiple of the sum of their covalent radii
 _DESORBED_FACTOR = 1.5
@@ -37,7 +32,6 @@ _MAX_DEPTH = 0.5
 _FORCE_MAX = 0.04
 _MAX_STEPS = 150
 _VACUUM = 18.0
-_SKIN = 0.5
 
 METALS = ("Al", "Cu", "Ag", "Au", "Ni", "Pd", "Pt")
 _FCC_SITES = ((0.0, 0.0, 0.0), (0.0, 0.5, 0.5), (0.5, 0.0, 0.5), (0.5, 0.5, 0.0))
@@ -120,14 +114,6 @@ class SlabSpec(NamedTuple):
     strain: tuple[float, float, float]
 
 
-class Spring(NamedTuple):
-    """Pulls two atoms together when they are farther apart than `start` (A)."""
-
-    first: int
-    second: int
-    start: float
-
-
 @dataclass(frozen=True, kw_only=True)
 class Trajectory:
     """A relaxation: positions (T, N, 3), energies (T,), forces (T, N, 3), also on fixed atoms."""
@@ -140,119 +126,24 @@ class Trajectory:
 
 @dataclass(frozen=True, kw_only=True)
 class System:
-    """A relaxed adsorbate on a slab; `reference` is what its energies are relative to (eV)."""
+    """An adsorbate relaxed on a slab.
+
+    Attributes:
+        spec: the slab.
+        adsorbate: name in `ADSORBATES`; its atoms are the last ones.
+        atoms: the initial structure with tags and constraints.
+        trajectory: the relaxation.
+        reference: energy of the relaxed clean slab and of the adsorbate's elements in the gas
+            phase; the adsorption energy is relative to it.
+        rotation: angle about z by which the system has been turned.
+    """
 
     spec: SlabSpec
     adsorbate: str
     atoms: ase.Atoms
     trajectory: Trajectory
     reference: float
-    springs: tuple[Spring, ...] = field(default=())
-
-
-class PairEMT(EMT):
-    """ASE's EMT with its loop over atoms replaced by arrays over pairs, and springs; no stress.
-
-    Four times as fast on 40 atoms; energies and forces agree to rounding.
-    """
-
-    implemented_properties = ("energy", "free_energy", "forces")  # type: ignore[assignment]
-
-    def __init__(self, springs: Sequence[Spring] = ()) -> None:
-        super().__init__()
-        self._springs = tuple(springs)
-        self._found: tuple[Array, Array] | None = None  # positions and cell of the neighbour list
-
-    def initialize(self, atoms: ase.Atoms) -> None:
-        """Take the parameters of the elements from ASE and forget the neighbour list."""
-        super().initialize(atoms)
-        self._found = None
-
-    def check_state(self, atoms: ase.Atoms, tol: float = 0.0) -> list[str]:
-        """Say what has changed, exactly; ASE's tolerant comparison takes half the time of a step."""
-        old = self.atoms
-        if old is None or not np.array_equal(old.numbers, atoms.numbers):
-            return list(all_changes)
-        pairs = {
-            "positions": (old.positions, atoms.positions),
-            "cell": (old.cell.array, atoms.cell.array),
-            "pbc": (old.pbc, atoms.pbc),
-        }
-        return [name for name, (a, b) in pairs.items() if not np.array_equal(a, b)]
-
-    def calculate(
-        self,
-        atoms: ase.Atoms | None = None,
-        properties: Sequence[str] = ("energy",),
-        system_changes: Sequence[str] = tuple(all_changes),
-    ) -> None:
-        """Compute energy and forces."""
-        Calculator.calculate(self, atoms, properties, system_changes)
-        if "numbers" in system_changes:
-            self.initialize(self.atoms)
-        self._update_pairs()
-        energy, forces = self._pair_sums()
-        for spring in self._springs:
-            vector = self.atoms.positions[spring.second] - self.atoms.positions[spring.first]
-            length = np.linalg.norm(vector)
-            stretch = max(length - spring.start, 0.0)
-            energy += 0.5 * SPRING_CONSTANT * stretch**2
-            pull = SPRING_CONSTANT * stretch * vector / length
-            forces[spring.first] += pull
-            forces[spring.second] -= pull
-        self.results = {"energy": energy, "free_energy": energy, "forces": forces}
-
-    def _update_pairs(self) -> None:
-        """Find all pairs within the cutoff plus a skin, unless the last list is still valid."""
-        positions, cell = self.atoms.positions, self.atoms.cell.array
-        if self._found is not None and np.array_equal(self._found[1], cell):
-            moved = np.square(positions - self._found[0]).sum(axis=1).max()
-            if moved < (0.5 * _SKIN) ** 2:
-                return
-        finder = vesin.NeighborList(cutoff=self.rc_list + _SKIN, full_list=False, n_threads=1)
-        first, second, shifts = finder.compute(positions, cell, self.atoms.pbc, "ijS")
-        self._first, self._second = first.astype(np.intp), second.astype(np.intp)
-        self._shifts = shifts @ cell
-        self._found = (positions.copy(), cell.copy())
-
-    def _pair_sums(self) -> tuple[float, Array]:
-        """Energy and forces of EMT, every pair once; names as in `ase.calculators.emt`."""
-        natoms, positions = len(self.atoms), self.atoms.positions
-        vectors = positions[self._second] - positions[self._first] + self._shifts
-        r = np.sqrt(np.einsum("pk,pk->p", vectors, vectors))
-        near = r < self.rc_list
-        i, j, vectors, r = self._first[near], self._second[near], vectors[near], r[near]
-        par = {name: values[self.ia2iz] for name, values in self.par.items()}
-        eta2, kappa, s0, lam = par["eta2"], par["kappa"], par["s0"], par["lambda"]
-        chi = self.chi[self.ia2iz[i], self.ia2iz[j]]
-        w = 1.0 / (1.0 + np.exp(self.acut * (r - self.rc)))
-        dwdroverw = self.acut * (w - 1.0)
-
-        # What j contributes to the density at i, and i to that at j.
-        sigma1_i = np.exp(-eta2[j] * (r - beta * s0[j])) * chi * w
-        sigma1_j = np.exp(-eta2[i] * (r - beta * s0[i])) / chi * w
-        sigma1 = np.bincount(i, sigma1_i, natoms) + np.bincount(j, sigma1_j, natoms)
-        sigma1 = np.maximum(sigma1, 1e-300)  # an atom without neighbours has no energy: see below
-        ds = -np.log(sigma1 * par["inv12gamma1"]) / (beta * eta2)
-        decay = np.exp(-lam * ds)
-        repulsion = 6.0 * par["V0"] * np.exp(-kappa * ds)
-        # Cohesive function and correction, relative to the isolated atom (ASAP's convention).
-        energy = (par["E0"] * ((1.0 + lam * ds) * decay - 1.0) + repulsion).sum()
-        deds = (par["E0"] * lam**2 * ds * decay + kappa * repulsion) / (beta * eta2 * sigma1)
-
-        pair_i = par["neghalfv0overgamma2"][i] * np.exp(-kappa[j] * (r / beta - s0[j])) * chi * w
-        pair_j = par["neghalfv0overgamma2"][j] * np.exp(-kappa[i] * (r / beta - s0[i])) / chi * w
-        energy += (pair_i + pair_j).sum()
-
-        dedr = pair_i * (dwdroverw - kappa[j] / beta) + pair_j * (dwdroverw - kappa[i] / beta)
-        dedr += deds[i] * sigma1_i * (dwdroverw - eta2[j])
-        dedr += deds[j] * sigma1_j * (dwdroverw - eta2[i])
-        pulls = (dedr / r)[:, None] * vectors
-        forces = np.empty((natoms, 3))
-        for axis in range(3):
-            forces[:, axis] = np.bincount(i, pulls[:, axis], natoms)
-            forces[:, axis] -= np.bincount(j, pulls[:, axis], natoms)
-        return float(energy), forces
+    rotation: float = 0.0
 
 
 @lru_cache(maxsize=1)
@@ -261,7 +152,7 @@ def gas_references() -> dict[str, float]:
     energies = {}
     for name in ("H2", "N2", "H2O", "CO"):
         gas = molecule(name, vacuum=8.0)
-        gas.calc = EMT()
+        gas.calc = PairEMT()
         LBFGS(gas, logfile=None).run(fmax=0.005)
         energies[name] = float(gas.get_potential_energy())
     hydrogen = energies["H2"] / 2
@@ -460,6 +351,30 @@ def why_unusable(initial: ase.Atoms, relaxed: ase.Atoms, trajectory: Trajectory)
     return "slab reconstructed" if moves.max() > _MAX_SLAB_MOVE else None
 
 
+def relaxed_slab(spec: SlabSpec) -> tuple[ase.Atoms, float] | None:
+    """The relaxed clean slab and its energy, None if it does not converge."""
+    slab = build_slab(spec)
+    trajectory = relax(slab)
+    return (slab, float(trajectory.energies[-1])) if trajectory.converged else None
+
+
+def make_system(
+    spec: SlabSpec, slab: ase.Atoms, slab_energy: float, name: str, rng: np.random.Generator
+) -> System | str:
+    """Place an adsorbate and relax: the system, or why it cannot be used."""
+    initial = place(slab, name, rng)
+    relaxed = initial.copy()
+    trajectory = relax(relaxed, bond_springs(name, first_atom=len(slab)))
+    reason = why_unusable(initial, relaxed, trajectory)
+    if reason is not None:
+        return reason
+    gas = gas_references()
+    reference = slab_energy + sum(gas[symbol] for symbol in initial.symbols[len(slab) :])
+    return System(
+        spec=spec, adsorbate=name, atoms=initial, trajectory=trajectory, reference=reference
+    )
+
+
 def rotated(system: System, angle: float) -> System:
     """The same system turned about z by an angle in radians: cell, positions and forces."""
     cos, sin = np.cos(angle), np.sin(angle)
@@ -467,18 +382,6 @@ def rotated(system: System, angle: float) -> System:
     atoms = system.atoms.copy()
     atoms.set_cell(atoms.cell.array @ turn)
     old = system.trajectory
-    trajectory = Trajectory(
-        positions=old.positions @ turn,
-        energies=old.energies,
-        forces=old.forces @ turn,
-        converged=old.converged,
-    )
+    trajectory = replace(old, positions=old.positions @ turn, forces=old.forces @ turn)
     atoms.positions = trajectory.positions[0]
-    return System(
-        spec=system.spec,
-        adsorbate=system.adsorbate,
-        atoms=atoms,
-        trajectory=trajectory,
-        reference=system.reference,
-        springs=system.springs,
-    )
+    return replace(system, atoms=atoms, trajectory=trajectory, rotation=angle)

@@ -250,7 +250,7 @@ class EnergyHead(nn.Module):
         energy = self.lin_2(self.act(self.lin_1(h)))
         if self.lin_weight is None:
             return energy
-        return energy * self.lin_weight(h if self.energy_head == ENERGY_HEADS[0] else initial)
+        return energy * self.lin_weight(initial if self.energy_head == "weighted-av-initial-embeds" else h)
 
 
 def _graph_norm(value: str | bool) -> str:

@@ -53,7 +53,10 @@ class OC20LmdbDataset(BaseDataset[AtomicData]):
     Edges: `edges: stored` (the default) takes the record's own and builds them where a record has none; `recompute`
     always builds them; `none` leaves them to the model. Either way ``graph.limit_neighbors`` cuts them to `cutoff` and
     `max_neighbors` **before** transforms, so removing sub-surface atoms does not bring in other neighbours. OC20 stores
-    up to 50 neighbours within 6 A: what a larger limit would add is not in the file, so use `recompute` for that.
+    the 50 nearest neighbours within 6 A, cut strictly. Where the stored list of an atom ends inside the shell of its
+    last neighbour, the record's edges are built anew, so that the graph is always the one that `recompute` gives. That
+    holds as long as `cutoff` is at most that of the file and the file has more neighbours than asked for, where there
+    are more; use `recompute` for larger limits.
 
     Labels: `key_mapping` ({record's name: energy or forces}) says where a label is. Several names may map to one label
     if each record has one of them; the label's own name serves where a record has none of these. A label without
@@ -183,6 +186,11 @@ class OC20LmdbDataset(BaseDataset[AtomicData]):
         is_atom_itself = (edge_index[0] == edge_index[1]) & (distances == 0)
         distances[is_atom_itself] = torch.inf
         kept = limit_neighbors(edge_index, distances, num_atoms=len(pos), **limits)
+        stored_count, kept_count = (
+            torch.bincount(targets, minlength=len(pos)) for targets in (edge_index[1], edge_index[1, kept])
+        )
+        if bool(((kept_count == stored_count) & (stored_count >= limits["max_neighbors"])).any()):
+            return build_graph(pos, cell, pbc, **limits)  # a stored list ends inside a shell that must be whole
         return edge_index[:, kept], cell_offsets[kept]
 
     # Sizes

@@ -119,10 +119,10 @@ def prepare(
         if missing:
             _write_all(missing, num_workers)
         sizes = [_read_sizes(shard.sizes) for shard in shards]
-        arrays = {name: np.concatenate([size[name] for size in sizes]) for name in sizes[0]}
+        natoms, neighbors = (np.concatenate([size[name] for size in sizes]) for name in ("natoms", "neighbors"))
         if missing or not (out_path / METADATA_NAME).exists():
-            write_metadata(out_path, natoms=arrays["natoms"], neighbors=arrays.get("neighbors"))
-    return len(arrays["natoms"])
+            write_metadata(out_path, natoms=natoms, neighbors=neighbors if options.get_edges else None)
+    return len(natoms)
 
 
 # What belongs where
@@ -187,8 +187,7 @@ def _locked(out_path: Path) -> Iterator[None]:
 
 def _check_settings(out_path: Path, pairs: list[_Pair], options: Options, chunk: int) -> None:
     """Refuse to go on with other settings or inputs than before."""
-    inputs = [[path.name, path.stat().st_size] for pair in pairs for path in pair]
-    settings = {**options._asdict(), "chunk": chunk, "inputs": inputs}
+    settings = {**options._asdict(), "chunk": chunk, "inputs": [path.name for pair in pairs for path in pair]}
     file = out_path / STATE_FOLDER / "settings.json"
     if not file.exists():
         _write_whole(file, json.dumps(settings).encode())
@@ -205,15 +204,21 @@ def _is_finished(shard: _Shard) -> bool:
         return False
     # The sizes are written before the shard gets its name. A power failure may still leave either of them damaged.
     with suppress(OSError, ValueError):
-        return len(LmdbFile(shard.path)) == len(_read_sizes(shard.sizes)["natoms"])
-    logger.warning("%s: is damaged, or its sizes are missing; it is written again", shard.path)
+        sizes = _read_sizes(shard.sizes)
+        if len(LmdbFile(shard.path)) == len(sizes["natoms"]) and sizes["inputs"].tolist() == _input_bytes(shard):
+            return True
+    logger.warning("%s: is damaged, or its input files have changed since; it is written again", shard.path)
     return False
 
 
-# Sizes of a shard's records
+# Sizes of a shard's records and of its input files
 
 
-def _read_sizes(file: Path) -> dict[str, NDArray[np.int32]]:
+def _input_bytes(shard: _Shard) -> list[int]:
+    return [path.stat().st_size for pair in shard.pairs for path in pair]
+
+
+def _read_sizes(file: Path) -> dict[str, NDArray[np.int64]]:
     try:
         with np.load(file, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
@@ -223,7 +228,7 @@ def _read_sizes(file: Path) -> dict[str, NDArray[np.int32]]:
 
 def _write_sizes(file: Path, sizes: Mapping[str, list[int]]) -> None:
     buffer = io.BytesIO()
-    arrays = {name: np.array(values, dtype=np.int32) for name, values in sizes.items()}
+    arrays = {name: np.array(values, dtype=np.int64) for name, values in sizes.items()}
     np.savez_compressed(buffer, allow_pickle=False, **arrays)
     _write_whole(file, buffer.getvalue())
 
@@ -294,7 +299,7 @@ def _read_pair(pair: _Pair, options: Options) -> Iterator[tuple[Frame, LogLine]]
 
 def write_shard(shard: _Shard, report: Callable[[int], None]) -> None:
     """Write one shard; `report` is called with the number of frames after each input file."""
-    sizes: dict[str, list[int]] = {"natoms": [], **({"neighbors": []} if shard.options.get_edges else {})}
+    sizes: dict[str, list[int]] = {"inputs": _input_bytes(shard), "natoms": [], "neighbors": []}
     with LmdbShardWriter(shard.path, overwrite=True) as writer:
         for pair in shard.pairs:
             before = len(writer)
@@ -305,7 +310,7 @@ def write_shard(shard: _Shard, report: Callable[[int], None]) -> None:
                     raise FormatError(f"{pair.frames}:{frame.line}: {error}") from error
                 writer.append(record)
                 sizes["natoms"].append(len(frame.numbers))
-                if "neighbors" in sizes:
+                if shard.options.get_edges:
                     sizes["neighbors"].append(record.edge_index.shape[1])
             report(len(writer) - before)
         _write_sizes(shard.sizes, sizes)

@@ -3,8 +3,10 @@
 A run lives in one folder: `config.yml` (resolved), `checkpoints/`, `logs/`, `results/`, `statistics.json`.
 """
 
+import hashlib
 import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from faenet_ocp.config import Config, SourceConfig, build_config, nearest
 from faenet_ocp.evaluation import UNITS, RunInfo, build_results, write_json, write_text
 from faenet_ocp.loader import EvalBatchSampler, make_loader
 from faenet_ocp.plots import plot_learning_curve, plot_parity
+from faenet_ocp.prediction import predict_split
 from faenet_ocp.references import CompositionFit
 from faenet_ocp.report import render_table
 from faenet_ocp.tasks import load_tasks_state, make_tasks
@@ -213,7 +216,7 @@ class OCPRunner(Runner):
             labelled=labelled,
             fit=fit,
             amp=self.config.job.amp,
-            conservative=self.config.output("forces").eval_from == "energy_gradient",
+            conservative=self._conservative,
         )
 
     def predict(self, model: nn.Module, tasks: list[Any]) -> None:
@@ -222,19 +225,31 @@ class OCPRunner(Runner):
         Raises:
             ValueError: the file of a split is there already.
         """
-        splits = self.config.dataset.test or self.config.dataset.val
-        for split, source in splits.items():
+        optim, world = self.config.optim, distutils.get_world_size()
+        settings = self.config.model_dump_json(
+            exclude={"job": {"num_gpus", "num_nodes", "cpu", "run_dir", "identifier"}}
+        )
+        digest = hashlib.sha256(Path(str(self.checkpoint)).read_bytes() + settings.encode()).hexdigest()
+        for split, source in (self.config.dataset.test or self.config.dataset.val).items():
+            dataset = self.split_dataset(split, source, labelled=False)
             path = self.folder / "results" / "predictions" / f"{split}.npz"
-            if path.exists():
-                raise ValueError(f"{path} is there already; choose another --identifier or move it away")
-            outcome = self._run_split(model, tasks, split, source, labelled=False)
+            count = predict_split(
+                model,
+                tasks,
+                dataset,
+                path,
+                key=digest[:12],
+                make_loader=partial(make_loader, dataset, num_workers=optim.num_workers),
+                batch_size=max(1, (optim.eval_batch_size or optim.batch_size) // world),
+                amp=self.config.job.amp,
+                conservative=self._conservative,
+            )
             if distutils.is_master():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                temporary = path.with_name(f".{path.name}")
-                with temporary.open("wb") as file:
-                    np.savez_compressed(file, ids=outcome.predictions["ids"], energy=outcome.predictions["energy"])
-                temporary.replace(path)
-                logging.info("%s: %d predictions in %s", split, outcome.num_systems, path)
+                logging.info("%s: %d predictions in %s", split, count, path)
+
+    @property
+    def _conservative(self) -> bool:
+        return self.config.output("forces").eval_from == "energy_gradient"
 
     def report(
         self,

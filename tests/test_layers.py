@@ -17,7 +17,7 @@ LAYERS = [
     "lmdb_files faenet transforms report demo_systems prepare_s2ef".split(),
     "reference_weights lmdb_dataset checkpoint config demo".split(),
     "backbone loader loggers tasks".split(),
-    "build unit validation".split(),
+    "build unit validation prediction submission".split(),
     "training calculator".split(),
     "trainer relaxation".split(),
     ["cli"],

@@ -86,7 +86,7 @@ def test_further_fields_per_atom_are_cut_and_fields_of_the_system_are_not():
 def test_nothing_below_the_surface_changes_nothing():
     data = sample()
     data.tags = torch.full_like(data.tags, 2)
-    before = data.clone() if isinstance(data.dataset, list) else {name: value for name, value in data}
+    before = dict(data)
     after = run({"remove_subsurface": {}}, data)
     for name in ("pos", "edge_index", "cell_offsets", "natoms", "nedges", "forces"):
         assert torch.equal(after[name], before[name])
@@ -208,7 +208,7 @@ def test_composed_transforms_survive_pickling():
     [
         (
             {"remove_subsurfaces": {}},
-            "transforms.remove_subsurfaces: unknown transform; did you mean 'remove_subsurface'",
+            "remove_subsurfaces: unknown transform; did you mean 'remove_subsurface'",
         ),
         ({"xyz": {}}, "known are: data_augmentation, frame_averaging, remove_subsurface"),
         ({"frame_averaging": {"dims": 2}}, "transforms.frame_averaging.dims: unknown key; did you mean 'dim'"),
