@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 .PHONY: demo test test-slow lint clean
 
 demo: $(VENV)/.installed
-	$(BIN)/python scripts/make_demo_data.py --out $(DEMO_DATA)
+	$(BIN)/python scripts/make_demo_data.py --output $(DEMO_DATA)
 	$(BIN)/python main.py --config configs/demo/is2re.yml --dataset.root=$(DEMO_DATA) \
 		--run-dir $(DEMO_RUNS) --identifier demo-is2re
 

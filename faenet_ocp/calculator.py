@@ -121,7 +121,7 @@ class Predictor:
         Raises:
             ValueError: a structure that the model cannot take, with the reason.
         """
-        samples = [self.sample(atoms) for atoms in structures]
+        samples = [self._named_sample(atoms) for atoms in structures]
         batch = atomicdata_list_to_batch(samples).to(self.device)
         if self.config.frames.evaluation_method == "stochastic":  # of the other kinds the model makes its own
             batch.frame_rot, batch.frame_weight = compute_frames(
@@ -135,6 +135,13 @@ class Predictor:
             forces = outputs["forces"].double().cpu().split([len(sample.pos) for sample in samples])
         parts = zip(structures, samples, energies, forces, strict=True)
         return [_prediction(len(atoms), sample.atom_id.numpy(), energy, part) for atoms, sample, energy, part in parts]
+
+    def _named_sample(self, atoms: Atoms) -> AtomicData:
+        try:
+            return self.sample(atoms)
+        except ValueError as error:
+            name = atoms.get_chemical_formula() + (f" (sid {atoms.info['sid']})" if "sid" in atoms.info else "")
+            raise ValueError(f"{name}: {error}") from error
 
     def sample(self, atoms: Atoms) -> AtomicData:
         """Structure to model input, as the data set makes it of a record.

@@ -117,7 +117,12 @@ class EvaluationConfig(_Section):
 
 
 class OptimConfig(_Section):
-    """`optim:` optimiser, schedule, batches and how often things happen."""
+    """`optim:` optimiser, schedule, batches and how often things happen.
+
+    `batch_size` counts systems over all ranks and accumulation steps. Up to `skip_nonfinite` steps whose gradient is
+    not finite are left out (and kept in `failures/`) before the run stops. A checkpoint is saved at every evaluation
+    and after every `checkpoint_every` steps.
+    """
 
     optimizer: str = "AdamW"
     optimizer_params: dict[str, Any] = {}
@@ -138,6 +143,7 @@ class OptimConfig(_Section):
     eval_every_epochs: int | None = Field(default=1, ge=1)
     checkpoint_every: int | None = Field(default=None, ge=1)
     keep_checkpoints: int = Field(default=2, ge=1)
+    skip_nonfinite: int = Field(default=0, ge=0)
     num_workers: int = Field(default=2, ge=0)
 
 

@@ -1,9 +1,9 @@
 """Generated demo data in OC20's on-disk layout: IS2RE and S2EF, with honest validation splits.
 
-A unit of work is one clean slab with up to four adsorbate placements. Everything random in it comes
-from (seed, split, number of the unit), so neither the number of processes nor an interruption has an
-influence. Finished units wait in a hidden folder inside the output folder until all are there; then
-they are put together in order and the folder is removed.
+A unit of work is one clean slab with up to four adsorbate placements. Everything random in it
+comes from (seed, split, number of the unit), so neither the number of processes nor an interruption
+has an influence. Finished units wait in a hidden folder inside the output folder until all are
+there; then they are put together in order and the folder is removed.
 
 No clean slab is in two splits: a strained one is drawn anew every time, and the unstrained ones of
 one composition and facet belong to one split. Training never sees `OOD_ADSORBATES` (val_ood_ads,
@@ -14,11 +14,10 @@ import csv
 import hashlib
 import json
 import logging
-import lzma
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
@@ -33,7 +32,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from faenet_ocp.demo_records import is2re_record, pick_frames, raw_frame, s2ef_record
+from faenet_ocp.demo_files import (
+    ShardedWriter,
+    is2re_record,
+    pick_frames,
+    raw_frame,
+    s2ef_record,
+    write_raw,
+)
 from faenet_ocp.demo_systems import (
     ADSORBATES,
     COMPOSITIONS,
@@ -45,7 +51,12 @@ from faenet_ocp.demo_systems import (
     relaxed_slab,
     rotated,
 )
-from faenet_ocp.lmdb_writer import LmdbShardWriter, encode_record, write_metadata
+from faenet_ocp.lmdb_writer import (
+    LmdbShardWriter,
+    encode_record,
+    remove_leftovers,
+    write_metadata,
+)
 from faenet_ocp.references import NUM_ELEMENTS, CompositionRegression
 
 logger = logging.getLogger(__name__)
@@ -53,8 +64,6 @@ logger = logging.getLogger(__name__)
 SPLITS = ("train", "val_id", "val_ood_ads", "val_ood_cat", "val_ood_both")
 OOD_ADSORBATES = ("CH3", "NH3", "COH", "NOH")
 OOD_COMPOSITIONS = tuple(name for name in COMPOSITIONS if name not in METALS)[2::5]
-FRAMES_PER_SHARD = 2000
-RAW_FRAMES_PER_FILE = 1000
 SUMMARY_NAME = "summary.json"
 WORK_NAME = ".unfinished"
 
@@ -79,8 +88,8 @@ _TABLE_COLUMNS = (
     "reference",
 )
 _NOTE = (
-    "Generated demonstration data in OC20's formats. Energies and forces are ASE's effective-medium "
-    "theory with springs on the adsorbates' bonds; not DFT, not OC20. Energies in eV."
+    "Generated demonstration data in OC20's formats. Energies and forces are effective-medium "
+    "theory (ASE's EMT) with springs on the adsorbates' bonds; not DFT, not OC20. Energies in eV."
 )
 
 
@@ -110,12 +119,12 @@ class DemoSettings:
 
 
 class _Unit(NamedTuple):
-    """One clean slab: `count` systems with consecutive sids."""
+    """One clean slab: `num_systems` systems with consecutive sids."""
 
     split: str
     number: int
     first_sid: int
-    count: int
+    num_systems: int
 
 
 def make_demo_data(
@@ -176,7 +185,7 @@ def _finished_summary(root: Path, identity: dict[str, Any]) -> dict[str, Any] | 
 
 
 def _open_work_folder(root: Path, work: Path, identity: dict[str, Any]) -> None:
-    """Create the folder of finished units, or check that the one there belongs to these settings."""
+    """Create the folder of finished units, or check that the one there has these settings."""
     plan = work / "settings.json"
     if plan.exists():
         if json.loads(plan.read_text()) != identity:
@@ -198,8 +207,8 @@ def _plan(settings: DemoSettings) -> list[_Unit]:
     for position, split in enumerate(SPLITS):
         total = settings.num_train if split == "train" else settings.num_val
         for number, start in enumerate(range(0, total, _SYSTEMS_PER_SLAB)):
-            count = min(_SYSTEMS_PER_SLAB, total - start)
-            units.append(_Unit(split, number, (position + 1) * 1_000_000 + start, count))
+            first_sid = (position + 1) * 1_000_000 + start
+            units.append(_Unit(split, number, first_sid, min(_SYSTEMS_PER_SLAB, total - start)))
     return units
 
 
@@ -214,8 +223,11 @@ def _run_units(
     missing = [unit for unit in units if not _unit_path(work, unit).exists()]
     run = partial(_run_unit, settings=settings, work=work)
     done = len(units) - len(missing)
+    logger.info("demo data: relaxing adsorbates on %d slabs, %d are there", len(missing), done)
     with ExitStack() as stack:
-        bar = stack.enter_context(tqdm(total=len(units), initial=done, unit="slab", desc="demo data"))
+        # disable=None: a bar on terminals only.
+        bar = tqdm(total=len(units), initial=done, unit="slab", desc="demo data", disable=None)
+        stack.enter_context(bar)
         if num_workers == 1:
             for unit in missing:
                 run(unit)
@@ -232,10 +244,15 @@ def _run_units(
 
 def _start_worker() -> None:
     torch.set_num_threads(1)
+    # A worker whose parent was killed would wait for work for ever.
+    Thread(target=_exit_with_parent, daemon=True).start()
+
+
+def _exit_with_parent() -> None:
     parent = parent_process()
     if parent is not None:
-        # A worker whose parent was killed would wait for work for ever.
-        Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+        parent.join()
+        os._exit(1)
 
 
 def _run_unit(unit: _Unit, *, settings: DemoSettings, work: Path) -> None:
@@ -260,7 +277,7 @@ def _run_unit(unit: _Unit, *, settings: DemoSettings, work: Path) -> None:
 
 
 def _draw_systems(unit: _Unit, rng: np.random.Generator) -> tuple[list[System], Counter[str]]:
-    """Draw a slab and `count` usable systems on it; whatever fails is counted and drawn again."""
+    """Draw a slab and usable systems on it; whatever fails is counted and drawn again."""
     ood_adsorbates = unit.split in ("val_ood_ads", "val_ood_both")
     ood_compositions = unit.split in ("val_ood_cat", "val_ood_both")
     adsorbates = [name for name in ADSORBATES if (name in OOD_ADSORBATES) == ood_adsorbates]
@@ -268,7 +285,7 @@ def _draw_systems(unit: _Unit, rng: np.random.Generator) -> tuple[list[System], 
     systems: list[System] = []
     discarded: Counter[str] = Counter()
     slab = None
-    while len(systems) < unit.count:
+    while len(systems) < unit.num_systems:
         if discarded.total() > _MAX_DISCARDS:
             raise RuntimeError(f"{unit}: too many systems had to be discarded, {dict(discarded)}")
         if slab is None:
@@ -332,54 +349,78 @@ def _assemble(
     discarded: dict[str, Counter[str]] = {split: Counter() for split in SPLITS}
     for split in SPLITS:
         train = split == "train"
-        is2re, s2ef = root / "is2re" / "all" / split, root / "s2ef" / ("2M" if train else "all") / split
-        raw_name = "s2ef_train_200K" if train else f"s2ef_{split}"
-        split_rows = []
+        is2re = root / "is2re" / "all" / split
+        s2ef = root / "s2ef" / ("2M" if train else "all") / split
+        split_rows: list[dict[str, Any]] = []
+        raw: list[tuple[str, str]] = []
+        for folder in (is2re, s2ef):
+            remove_leftovers(folder)
         with (
             LmdbShardWriter(is2re / "data.lmdb", overwrite=True) as systems,
-            _ShardedWriter(s2ef) as frames,
-            _RawWriter(root / "s2ef_raw" / raw_name / raw_name, settings.raw_frames) as raw,
+            ShardedWriter(s2ef) as frames,
         ):
             for unit in (unit for unit in units if unit.split == split):
                 values = iter(_read_unit(_unit_path(work, unit)))
                 header = json.loads(next(values))
                 discarded[split].update(header["discarded"])
                 split_rows += header["systems"]
-                num_frames = sum(row["num_frames"] for row in header["systems"])
-                for _ in range(unit.count):
+                for _ in header["systems"]:
                     systems.append(next(values))
-                for _ in range(num_frames):
+                for _ in range(sum(row["num_frames"] for row in header["systems"])):
                     frames.append(next(values))
-                for value in values:
-                    raw.append(*json.loads(value))
+                if len(raw) < settings.raw_frames:
+                    raw += [json.loads(value) for value in values]
         natoms = [row["natoms"] for row in split_rows]
         write_metadata(is2re, natoms=natoms, neighbors=[row["num_edges"] for row in split_rows])
         write_metadata(s2ef, natoms=np.repeat(natoms, [row["num_frames"] for row in split_rows]))
+        if raw:
+            name = "s2ef_train_200K" if train else f"s2ef_{split}"
+            write_raw(root / "s2ef_raw" / name / name, raw[: settings.raw_frames])
         rows += split_rows
     return rows, discarded
 
 
-class _ShardedWriter:
-    """Writes records to data.0000.lmdb, data.0001.lmdb, ... of a folder."""
+def _statistics(
+    rows: Sequence[dict[str, Any]], discarded: dict[str, Counter[str]]
+) -> dict[str, dict[str, Any]]:
+    """Per split: sizes, discards, label statistics and the MAE of the two baselines of training."""
+    compositions, energies = {}, {}
+    for split in SPLITS:
+        chosen = [row for row in rows if row["split"] == split]
+        compositions[split] = torch.zeros(len(chosen), NUM_ELEMENTS)
+        for i, row in enumerate(chosen):
+            for number, atoms in row["counts"].items():
+                compositions[split][i, int(number)] = atoms
+        energies[split] = torch.tensor([row["y_relaxed"] for row in chosen], dtype=torch.float64)
+    regression = CompositionRegression()
+    regression.update(compositions["train"], energies["train"])
+    fit = regression.solve()
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._stack = ExitStack()
-        self._shard: LmdbShardWriter | None = None
-        self._number = 0
+    def mae(predicted: torch.Tensor | float, energy: torch.Tensor) -> float:
+        return float((predicted - energy).abs().mean())
 
-    def __enter__(self) -> "_ShardedWriter":
-        self._stack.__enter__()
-        return self
+    return {
+        split: {
+            "num_systems": len(energy),
+            "num_frames": sum(row["num_frames"] for row in rows if row["split"] == split),
+            "discarded": dict(discarded[split]),
+            "mean": float(energy.mean()),
+            "stdev": float(energy.std(correction=0)),
+            "mean_predictor_mae": mae(fit.mean, energy),
+            "linear_mae": mae(fit.predict(compositions[split]), energy),
+        }
+        for split, energy in energies.items()
+    }
 
-    def __exit__(self, *error: Any) -> None:
-        self._stack.__exit__(*error)
 
-    def append(self, value: bytes) -> None:
-        if self._shard is None or len(self._shard) == FRAMES_PER_SHARD:
-            if self._shard is not None:
-                self._shard.close()
-            path = self._folder / f"data.{self._number:04d}.lmdb"
-            self._shard = self._stack.enter_context(LmdbShardWriter(path, overwrite=True))
-            self._number += 1
-        self._shard.append(value)
+def _write_table(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, _TABLE_COLUMNS, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)

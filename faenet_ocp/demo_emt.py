@@ -44,7 +44,7 @@ class PairEMT(EMT):
         self._found: Array | None = None  # positions that the list of pairs was made for
 
     def check_state(self, atoms: ase.Atoms, tol: float = 0.0) -> list[str]:
-        """Say what has changed, exactly; ASE's tolerant comparison takes half the time of a step."""
+        """Say what has changed, exactly; ASE's tolerant comparison takes half of a step's time."""
         old = self.atoms
         if old is None or not np.array_equal(old.numbers, atoms.numbers):
             return list(all_changes)

@@ -10,7 +10,7 @@ Legend: N atoms, T steps of a relaxation. Angstrom, eV, eV/A.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache
 from itertools import combinations, permutations
 from typing import NamedTuple
 
@@ -146,7 +146,7 @@ class System:
     rotation: float = 0.0
 
 
-@lru_cache(maxsize=1)
+@cache
 def gas_references() -> dict[str, float]:
     """Energy per atom (eV) of H, C, N and O taken from relaxed H2, N2, H2O and CO."""
     energies = {}
@@ -160,7 +160,7 @@ def gas_references() -> dict[str, float]:
     return {"H": hydrogen, "N": energies["N2"] / 2, "O": oxygen, "C": energies["CO"] - oxygen}
 
 
-@lru_cache(maxsize=None)
+@cache
 def bulk(composition: str) -> ase.Atoms:
     """The cubic four-atom cell of a composition at the lattice constant of lowest EMT energy."""
     crystal = ase.Atoms(
@@ -260,7 +260,7 @@ def _adsorbate(name: str) -> ase.Atoms:
     return ase.Atoms(symbols, positions, tags=[2] * len(positions))
 
 
-@lru_cache(maxsize=None)
+@cache
 def free_adsorbate(name: str) -> ase.Atoms:
     """An adsorbate relaxed on its own (one atom: as it is), its first atom at the origin."""
     adsorbate = _adsorbate(name)
@@ -339,9 +339,9 @@ def why_unusable(initial: ase.Atoms, relaxed: ase.Atoms, trajectory: Trajectory)
     if bonds(initial) != bonds(relaxed):
         return "bonds changed"
     tags = relaxed.get_tags()
-    on_slab, adsorbed = tags != 2, np.flatnonzero(tags == 2)
+    on_slab, adsorbed = np.flatnonzero(tags != 2), np.flatnonzero(tags == 2)
     radii = covalent_radii[relaxed.numbers]
-    distances = np.array([relaxed.get_distances(a, on_slab.nonzero()[0], mic=True) for a in adsorbed])
+    distances = relaxed.get_all_distances(mic=True)[np.ix_(adsorbed, on_slab)]
     if (distances > _DESORBED_FACTOR * (radii[adsorbed][:, None] + radii[on_slab])).all():
         return "desorbed"
     lowest_surface = initial.positions[tags == 1, 2].min()

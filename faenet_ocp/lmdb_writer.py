@@ -1,8 +1,9 @@
 """Writing LMDB shards in OC20's on-disk layout.
 
-A shard is one file (`subdir=False`) with the keys `0` .. `N-1` and `length` (a pickled int). A value is a pickled
-`torch_geometric.data.Data`, or bytes that were encoded elsewhere. A shard appears under its own name only when it is whole:
-it is written under a hidden temporary name in the same folder, synced to disk and then renamed.
+A shard is one file (`subdir=False`) with the keys `0` .. `N-1` and `length` (a pickled int). A
+value is a pickled `torch_geometric.data.Data`, or bytes that were encoded elsewhere. A shard appears
+under its own name only when it is whole: it is written under a hidden temporary name in the same
+folder, synced to disk and then renamed.
 """
 
 import contextlib
@@ -32,7 +33,8 @@ def encode_record(record: Data) -> bytes:
     """Pickle one record in the PyG 2 layout, as the values of an OC20 LMDB are stored.
 
     Args:
-        record: the record; its tensors must own their storage (a view would drag its whole base array along).
+        record: the record; its tensors must own their storage (a view would drag its whole base
+            along).
 
     Returns:
         The bytes of one LMDB value.
@@ -43,12 +45,14 @@ def encode_record(record: Data) -> bytes:
 class LmdbShardWriter:
     """Writes one shard, record after record, with memory bounded by `batch_bytes`.
 
-    Records are collected and written in large transactions: 30,000 to 60,000 records of 20 kB a second on one core, where
-    one transaction a record reaches about 1,000. OC20's keys are decimal numbers without leading zeros, so records do not
-    come in the byte order of the tree and LMDB's append mode is not possible; sorting a batch gains nothing measurable.
+    Records are collected and written in large transactions: 30,000 to 60,000 records of 20 kB a
+    second on one core, where one transaction a record reaches about 1,000. OC20's keys are decimal
+    numbers without leading zeros, so records do not come in the byte order of the tree and LMDB's
+    append mode is not possible; sorting a batch gains nothing measurable.
 
-    Use as a context manager: the shard is finished when the block ends well and discarded when it raises. A writer that is
-    killed leaves only a hidden temporary file, which `remove_leftovers` deletes.
+    Use as a context manager: the shard is finished when the block ends well and discarded when it
+    raises. A writer that is killed leaves only a hidden temporary file, which `remove_leftovers`
+    deletes.
 
     Args:
         path: the shard, e.g. `.../data.0000.lmdb`. Its folder is created.
@@ -75,8 +79,8 @@ class LmdbShardWriter:
         self._batch: list[tuple[bytes, bytes]] = []
         self._pending_bytes = 0
         self._length = 0
-        # lock=False: one writer on a private name needs no lock file. sync=False: nothing has to survive a crash before
-        # the rename, so a single sync at the end replaces one per transaction.
+        # lock=False: one writer on a private name needs no lock file. sync=False: nothing has to
+        # survive a crash before the rename, so one sync at the end replaces one per transaction.
         self._env: lmdb.Environment | None = lmdb.open(
             str(self._temporary),
             subdir=False,
@@ -118,7 +122,8 @@ class LmdbShardWriter:
         if isinstance(value, Data):
             value = encode_record(value)
         elif not isinstance(value, bytes):
-            raise ValueError(f"{self.path}: a value must be bytes or Data, got {type(value).__name__}")
+            kind = type(value).__name__
+            raise ValueError(f"{self.path}: a value must be bytes or Data, got {kind}")
         index = self._length
         self._batch.append((b"%d" % index, value))
         self._pending_bytes += len(value)
@@ -128,10 +133,11 @@ class LmdbShardWriter:
         return index
 
     def close(self) -> None:
-        """Write what is pending and the `length` key, sync to disk and give the shard its name. Does nothing when closed.
+        """Write what is pending and `length`, sync and give the shard its name; again: nothing.
 
         Raises:
-            FileExistsError: the shard appeared in the meantime and `overwrite` is false; this writer's data is discarded.
+            FileExistsError: the shard appeared in the meantime and `overwrite` is false; what this
+                writer has written is discarded.
         """
         if self._env is None:
             return
@@ -148,7 +154,7 @@ class LmdbShardWriter:
         self._env = None
 
     def abort(self) -> None:
-        """Discard everything written so far; the shard's name is left as it was. Does nothing when closed."""
+        """Discard what was written and leave the shard's name alone; when closed: nothing."""
         if self._env is None:
             return
         self._env.close()
@@ -158,10 +164,12 @@ class LmdbShardWriter:
 
     def _refuse_existing(self) -> None:
         if not self._overwrite and self.path.exists():
-            raise FileExistsError(f"{self.path} exists and is finished; it is not overwritten unless asked")
+            raise FileExistsError(
+                f"{self.path} exists; a finished shard is overwritten only if asked"
+            )
 
     def _flush(self) -> None:
-        """Write the batch in one transaction, growing the map and trying again while it does not fit."""
+        """Write the batch in one transaction; while it does not fit, grow the map and try again."""
         if self._env is None or not self._batch:
             return
         while True:
@@ -183,7 +191,7 @@ def write_metadata(
     natoms: Sequence[int] | npt.NDArray[np.integer],
     neighbors: Sequence[int] | npt.NDArray[np.integer] | None = None,
 ) -> Path:
-    """Write `metadata.npz` (OCP's name and keys) for the shards of a folder, replacing an older one.
+    """Write `metadata.npz` (OCP's name and keys) for the shards of a folder, replacing an old one.
 
     Args:
         folder: the folder that holds the shards.
@@ -201,7 +209,7 @@ def write_metadata(
         arrays["neighbors"] = np.asarray(neighbors, dtype=np.int64)
     shapes = {name: array.shape for name, array in arrays.items()}
     if any(len(shape) != 1 for shape in shapes.values()) or len(set(shapes.values())) != 1:
-        raise ValueError(f"{folder}: metadata needs one number per record in every array, got {shapes}")
+        raise ValueError(f"{folder}: metadata needs one number per record, got shapes {shapes}")
     path = Path(folder) / METADATA_NAME
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary_path(path)
@@ -215,7 +223,7 @@ def write_metadata(
 
 
 def remove_leftovers(folder: str | Path) -> int:
-    """Delete the temporary files that killed writers left in a folder. No writer may be at work there.
+    """Delete the temporary files of killed writers in a folder; no writer may be at work there.
 
     Returns:
         The number of deleted files.
@@ -227,12 +235,12 @@ def remove_leftovers(folder: str | Path) -> int:
 
 
 def _temporary_path(path: Path) -> Path:
-    # Hidden, and not ending in .lmdb: no glob of a reader finds it. Unique: two writers never share a file.
+    # Hidden and not ending in .lmdb: no reader's glob finds it. Unique: no two writers share it.
     return path.with_name(f".{path.name}.{secrets.token_hex(6)}{_TEMPORARY_SUFFIX}")
 
 
 def _publish(temporary: Path, path: Path) -> None:
-    """Make a finished temporary file durable and rename it; readers see the old state or the whole file."""
+    """Make a finished temporary file durable and rename it: readers see the whole file or none."""
     _fsync(temporary)
     os.replace(temporary, path)
     # Not every file system can sync a folder; the file itself is safe.

@@ -65,6 +65,8 @@ class FAENetTrainer:
             ValueError: what is wrong, with its key.
         """
         config = self.config
+        if self.checkpoint is not None:
+            load_checkpoint(self.checkpoint)
         splits = dict(config.dataset.val)
         if self.mode == "train":
             if config.dataset.train is None:

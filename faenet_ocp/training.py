@@ -1,14 +1,18 @@
 """One training run on one rank: label statistics, the loop, checkpoints, early and final evaluation."""
 
+import contextlib
 import json
 import logging
+import signal
 import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from fairchem.core.common import distutils
+from fairchem.core.launchers.api import SchedulerType
 from torch.utils.data import Dataset, Sampler
 from torchtnt.framework import State, train
 from torchtnt.framework.callback import Callback
@@ -39,6 +43,8 @@ class TrainingRun:
         self.checkpoints = self.folder / "checkpoints"
         self.best: dict[str, Any] = {"value": None, "step": None}
         self.epoch_seconds: list[float] = []
+        self.pending_evaluation = False
+        self.stop_code = 0
         self.logger: MetricLogger | None = None
 
     def run(self) -> None:
@@ -70,6 +76,7 @@ class TrainingRun:
             steps_per_epoch=len(sampler),
             amp=config.job.amp,
             print_every=config.job.print_every,
+            failures=self.folder / "failures",
         )
         self._resume()
         if distutils.is_master():
@@ -80,10 +87,41 @@ class TrainingRun:
                 config=config.model_dump(mode="json"),
                 step=self.unit.train_progress.num_steps_completed,
             )
-        train(self.unit, loader, max_epochs=optim.max_epochs, max_steps=optim.max_steps, callbacks=[_Hooks(self)])
-        if self.logger is not None:
-            self.logger.close()
+        if self.pending_evaluation:  # the run ended between the end of an epoch and its evaluation
+            self.evaluate_and_save()
+        try:
+            with self._signals():
+                train(
+                    self.unit, loader, max_epochs=optim.max_epochs, max_steps=optim.max_steps, callbacks=[_Hooks(self)]
+                )
+        finally:
+            if self.logger is not None:
+                self.logger.close()
         self._final_report()
+
+    def request_stop(self, signum: int) -> None:
+        """Stops after the present step, with a checkpoint; all ranks stop at the same step.
+
+        A second request stops at once: the last checkpoint is whole, as every checkpoint is.
+        """
+        if self.unit.stop_requested:
+            raise SystemExit(128 + signum)
+        self.unit.stop_requested, self.stop_code = True, 128 + signum
+        logging.warning("%s: stopping after this step; once more stops at once", signal.Signals(signum).name)
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Ctrl-C and SIGTERM save before the run ends; SLURM has its own way of asking."""
+        if self.runner.job_config.scheduler.mode != SchedulerType.LOCAL:
+            yield
+            return
+        handled = (signal.SIGINT, signal.SIGTERM)
+        before = [signal.signal(signum, lambda number, _: self.request_stop(number)) for signum in handled]
+        try:
+            yield
+        finally:
+            for signum, handler in zip(handled, before, strict=True):
+                signal.signal(signum, handler)
 
     def _resume(self) -> None:
         found = load_newest(self.checkpoints)
@@ -98,6 +136,7 @@ class TrainingRun:
             raise ValueError(f"{path} does not fit this configuration: {error}") from error
         load_tasks_state(self.tasks, state["tasks"])
         self.best, self.epoch_seconds = state["best"], state["epoch_seconds"]
+        self.pending_evaluation = state["pending_evaluation"]
         logging.info("going on from %s", path)
 
     def _fine_tune(self, path: str) -> None:
@@ -118,6 +157,7 @@ class TrainingRun:
             "statistics": self.fit.to_dict() if self.fit else None,
             "best": self.best,
             "epoch_seconds": self.epoch_seconds,
+            "pending_evaluation": self.pending_evaluation,
         }
 
     def save(self) -> None:
@@ -126,6 +166,14 @@ class TrainingRun:
             step = self.unit.train_progress.num_steps_completed
             save_step(self.checkpoints, step, self.state(), keep=self.config.optim.keep_checkpoints)
         distutils.synchronize()
+
+    def evaluate_and_save(self) -> None:
+        """Saves, evaluates, and saves again: a run that ends in between evaluates first when it goes on."""
+        self.pending_evaluation = True
+        self.save()
+        self.evaluate()
+        self.pending_evaluation = False
+        self.save()
 
     def evaluate(self) -> None:
         """Evaluates all splits with the present weights, logs the metrics, keeps the weights if they are the best."""
@@ -224,10 +272,11 @@ class _Hooks(Callback):
         if unit.train_progress.num_steps_completed_in_epoch == unit.steps_per_epoch:
             return  # the end of the epoch does it
         if self.optim.eval_every and step % self.optim.eval_every == 0:
-            self.run.evaluate()
-        if self.optim.checkpoint_every and step % self.optim.checkpoint_every == 0:
+            self.run.evaluate_and_save()
+        elif unit.stopping or (self.optim.checkpoint_every and step % self.optim.checkpoint_every == 0):
             self.run.save()
         self.paused += time.perf_counter() - before
+        self._stop_if_asked(unit)
 
     def on_train_epoch_end(self, state: State, unit: Any) -> None:
         if self.epoch_start is not None:  # an epoch that a resumed run only finished is not timed
@@ -238,8 +287,15 @@ class _Hooks(Callback):
         stopped = self.optim.max_steps is not None and progress.num_steps_completed >= self.optim.max_steps
         due = self.optim.eval_every and progress.num_steps_completed % self.optim.eval_every == 0
         if done or stopped or due or (every and progress.num_epochs_completed % every == 0):
-            self.run.evaluate()
-        self.run.save()
+            self.run.evaluate_and_save()
+        else:
+            self.run.save()
+        self._stop_if_asked(unit)
+
+    def _stop_if_asked(self, unit: Any) -> None:
+        if unit.stopping:
+            logging.warning("stopped; the same command goes on from %s", self.run.checkpoints / "last.pt")
+            raise SystemExit(self.run.stop_code or 128 + signal.SIGTERM)
 
 
 class _Listed(Sampler[list[Key]]):

@@ -9,6 +9,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -86,6 +87,12 @@ class OCPTrainUnit(MLIPTrainEvalUnit):
         steps_per_epoch: optimiser steps of an epoch.
         amp: bfloat16 autocast in the forward pass.
         print_every: steps between reports.
+        failures: folder for what is needed to look into a step whose gradient is not finite.
+
+    Attributes:
+        stop_requested: set it (on any rank) to have all ranks stop after the same step.
+        stopping: true on all ranks once that step has come.
+        num_skipped: steps left out because their gradient was not finite.
     """
 
     def __init__(
@@ -99,6 +106,7 @@ class OCPTrainUnit(MLIPTrainEvalUnit):
         steps_per_epoch: int,
         amp: bool,
         print_every: int,
+        failures: Path,
     ):
         total = optim.max_epochs * steps_per_epoch
         self.total_steps = min(total, optim.max_steps) if optim.max_steps else total
@@ -121,6 +129,11 @@ class OCPTrainUnit(MLIPTrainEvalUnit):
         if optim.ema_decay is not None:
             self.ema_model = AveragedModel(self.raw_model, multi_avg_fn=_warming_ema(optim.ema_decay))
         self.steps_per_epoch = steps_per_epoch
+        self.failures = failures
+        self.num_skipped, self.max_skipped = 0, optim.skip_nonfinite
+        self.stop_requested = self.stopping = False
+        # Counts and stop requests are known on the CPU: no need to wait for the GPU to share them.
+        self._cpu_group = dist.new_group(backend="gloo") if distutils.get_world_size() > 1 else None
         self.metric_logger: MetricLogger | None = None
         self._progress_bar: tqdm | None = None
         self._reset_window()
@@ -139,8 +152,8 @@ class OCPTrainUnit(MLIPTrainEvalUnit):
         """Forward, backward and optimiser step over the micro-batches of this rank."""
         self._note_data_wait(state)
         device = distutils.get_device_for_local_rank()
+        counts = self._global_counts(data).to(device)
         batches = [batch.to(device) for batch in data]
-        counts = self._global_counts(batches)
         self.optimizer.zero_grad(set_to_none=True)
         losses = torch.zeros(len(self.loss_names), device=device, dtype=torch.float64)
         for number, batch in enumerate(batches):
@@ -150,9 +163,12 @@ class OCPTrainUnit(MLIPTrainEvalUnit):
                 parts.sum().backward()
             losses += parts.detach()
         grad_norm = self._clip()
-        self.optimizer.step()
-        if self.ema_model is not None:
-            self.ema_model.update_parameters(self.raw_model)
+        if math.isfinite(float(grad_norm)):
+            self.optimizer.step()
+            if self.ema_model is not None:
+                self.ema_model.update_parameters(self.raw_model)
+        else:
+            self._skip_or_stop(batches, losses)
         learning_rate = self.scheduler.get_last_lr()[0]
         self.scheduler.step()
         self._window["systems"] += sum(len(batch.natoms) for batch in batches)
@@ -197,14 +213,40 @@ class OCPTrainUnit(MLIPTrainEvalUnit):
                 for task, loss in terms
             ]
         ).to(torch.float64)
-        if distutils.get_world_size() > 1:
-            dist.all_reduce(counts)
-        return counts.clamp(min=1)
+        shared = torch.cat([counts, counts.new_tensor([float(self.stop_requested)])])
+        if self._cpu_group is not None:
+            dist.all_reduce(shared, group=self._cpu_group)
+        self.stopping = bool(shared[-1] > 0)
+        return shared[:-1].clamp(min=1)
 
-    def _clip(self) -> Tensor | None:
-        if self.clip_grad_norm is None:
-            return None
-        return nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad_norm)
+    def _clip(self) -> Tensor:
+        """Norm of the gradient over all ranks (the same on each), before clipping."""
+        return nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad_norm or math.inf)
+
+    def _skip_or_stop(self, batches: Sequence[AtomicData], losses: Tensor) -> None:
+        """The gradient is not finite: keeps the evidence, then leaves the step out or stops.
+
+        Raises:
+            FloatingPointError: no more steps may be left out; the weights are those before the step.
+        """
+        step, rank = self.train_progress.num_steps_completed, distutils.get_rank()
+        self.failures.mkdir(parents=True, exist_ok=True)
+        path = self.failures / f"step_{step:08d}_rank_{rank}.pt"
+        evidence = {
+            "step": step,
+            "losses": dict(zip(self.loss_names, losses.tolist(), strict=True)),
+            "sids": [sid for batch in batches for sid in batch.sid],
+            "batches": [{k: v.detach().cpu() for k, v in batch if isinstance(v, Tensor)} for batch in batches],
+            "model": self.raw_model.state_dict(),
+        }
+        torch.save(evidence, path)
+        self.num_skipped += 1
+        message = f"the gradient of step {step} is not finite (losses {evidence['losses']}); batch and weights: {path}"
+        if self.num_skipped > self.max_skipped:
+            raise FloatingPointError(
+                f"{message}. Lower optim.lr_initial, set optim.clip_grad_norm, or allow optim.skip_nonfinite steps"
+            )
+        logging.warning("%s. Step left out (%d of %d allowed)", message, self.num_skipped, self.max_skipped)
 
     # ------------------------------------------------------------------------------------ reports
     def _reset_window(self) -> None:
@@ -217,27 +259,22 @@ class OCPTrainUnit(MLIPTrainEvalUnit):
             if waits:
                 self._window["wait"] += waits[-1]
 
-    def _report(self, step: int, losses: Tensor, learning_rate: float, grad_norm: Tensor | None) -> None:
+    def _report(self, step: int, losses: Tensor, learning_rate: float, grad_norm: Tensor) -> None:
         world = distutils.get_world_size()
         if world > 1:
             dist.all_reduce(losses)
         parts = dict(zip(self.loss_names, (losses / world).tolist(), strict=True))
         value = sum(parts.values())
-        if not math.isfinite(value):
-            raise FloatingPointError(
-                f"the loss is {value} at step {step}; lower optim.lr_initial or set clip_grad_norm"
-            )
         seconds = time.perf_counter() - self._window_start
         values = {
             "train/loss": value,
             "train/lr": learning_rate,
             "train/samples_per_s": self._window["systems"] * world / seconds,
             "train/data_wait_share": self._window["wait"] / seconds,
+            "train/grad_norm": float(grad_norm),
         }
         if len(parts) > 1:
             values |= {f"train/loss_{name}": part for name, part in parts.items()}
-        if grad_norm is not None:
-            values["train/grad_norm"] = float(grad_norm)
         epoch = step / self.steps_per_epoch
         if self.metric_logger is not None:
             self.metric_logger.log(step, epoch, values)
@@ -279,6 +316,7 @@ class OCPTrainUnit(MLIPTrainEvalUnit):
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "progress": self.train_progress.state_dict(),
+            "num_skipped": self.num_skipped,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -289,6 +327,7 @@ class OCPTrainUnit(MLIPTrainEvalUnit):
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.train_progress.load_state_dict(state["progress"])
+        self.num_skipped = state["num_skipped"]
 
 
 def _warming_ema(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor | int], None]:

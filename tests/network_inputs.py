@@ -1,4 +1,4 @@
-"""Inputs of the networks for tests: periodic slabs, graphs from ASE's neighbour list."""
+"""Small networks for tests and their inputs: periodic slabs, graphs from ASE's neighbour list."""
 
 from typing import NamedTuple
 
@@ -6,9 +6,21 @@ import ase
 import numpy as np
 import torch
 from ase.neighborlist import neighbor_list
+
+from faenet_ocp.faenet import EnergyHead, FAENet, ForceHead
 from small_data import make_slab
 
 CUTOFF = 4.0
+SMALL = {
+    "hidden_channels": 40,
+    "num_filters": 24,
+    "num_interactions": 2,
+    "num_gaussians": 8,
+    "cutoff": 4.0,
+    "tag_hidden_channels": 4,
+    "pg_hidden_channels": 4,
+}
+HEAD_OPTIONS = ("energy_head", "skip_co")
 
 
 class Inputs(NamedTuple):
@@ -51,3 +63,25 @@ def make_inputs(systems: list[ase.Atoms], dtype: torch.dtype = torch.float32) ->
         offsets=torch.from_numpy(np.concatenate(offsets)).to(dtype),
         edge_vec=torch.from_numpy(np.concatenate(vectors)).to(dtype),
     )
+
+
+def build(dtype=torch.float32, force="mlp", norm="layer", seed=0, **options):
+    """Network and heads, seeded; `options` may hold those of the energy head."""
+    torch.manual_seed(seed)
+    options = SMALL | options
+    sizes = {name: options[name] for name in ("hidden_channels", "num_interactions")}
+    head = {name: options[name] for name in HEAD_OPTIONS if name in options}
+    trunk = {name: value for name, value in options.items() if name != "energy_head"}
+    forces = ForceHead(
+        hidden_channels=options["hidden_channels"], force_decoder_type=force, force_norm=norm, force_hidden_channels=12
+    )
+    return FAENet(**trunk).to(dtype), EnergyHead(**sizes, **head).to(dtype), forces.to(dtype)
+
+
+def energies(parts, inputs):
+    return parts[1](parts[0](**inputs.arguments), inputs.batch, len(inputs.atoms))
+
+
+def predict(parts, inputs):
+    output = parts[0](**inputs.arguments)
+    return parts[1](output, inputs.batch, len(inputs.atoms)), parts[2](output.node_embedding)

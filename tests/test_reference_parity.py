@@ -14,7 +14,6 @@ import types
 
 import pytest
 import torch
-from network_inputs import make_inputs, slabs
 from torch_geometric.data import Data
 from torch_geometric.nn import TransformerConv
 from torch_geometric.utils import scatter
@@ -22,6 +21,7 @@ from torch_geometric.utils import scatter
 from faenet_ocp.elements import NUM_GROUPS, PROPERTIES, element_table
 from faenet_ocp.faenet import EnergyHead, FAENet, ForceHead
 from faenet_ocp.reference_weights import load_reference_state_dict
+from network_inputs import make_inputs, slabs
 
 SIZES = {
     "hidden_channels": 48,

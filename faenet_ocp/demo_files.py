@@ -1,12 +1,16 @@
-"""Relaxed systems as records of OC20's formats: IS2RE and S2EF LMDB values, and raw S2EF frames.
+"""Relaxed systems in OC20's formats: IS2RE and S2EF records, sharded LMDBs, the raw S2EF download.
 
 Fields, dtypes and names are those of OC20's official IS2RE and S2EF files: energies are relative to
-the clean slab and the gas phase (`y`, eV), edge_index[0] is the neighbour, edge_index[1] the centre.
+the clean slab and the gas phase (eV), edge_index[0] is the neighbour, edge_index[1] the centre.
 Legend: N atoms, E edges.
 """
 
 import io
-from typing import Any
+import lzma
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
 
 import ase.io
 import numpy as np
@@ -17,9 +21,12 @@ from torch_geometric.data import Data
 from faenet_ocp.demo_emt import Array
 from faenet_ocp.demo_systems import System, Trajectory
 from faenet_ocp.graph import build_graph, edge_vectors
+from faenet_ocp.lmdb_writer import LmdbShardWriter
 
 EDGE_CUTOFF = 6.0
 EDGE_NEIGHBORS = 50
+FRAMES_PER_SHARD = 2000
+RAW_FRAMES_PER_FILE = 1000
 
 
 def is2re_record(system: System, sid: int) -> Data:
@@ -48,7 +55,7 @@ def s2ef_record(system: System, sid: int, fid: int, *, edges: bool) -> Data:
 
 
 def raw_frame(system: System, sid: int, fid: int) -> tuple[str, str]:
-    """One frame of the S2EF download: its extended XYZ text (absolute energy) and its log line."""
+    """One frame of the S2EF download: its extended XYZ text (absolute energy) and its txt line."""
     trajectory = system.trajectory
     atoms = system.atoms.copy()
     atoms.positions = trajectory.positions[fid]
@@ -92,7 +99,7 @@ def _edges(system: System, positions: Array) -> dict[str, torch.Tensor]:
     edge_index, cell_offsets = build_graph(
         pos, cell, pbc, cutoff=EDGE_CUTOFF, max_neighbors=EDGE_NEIGHBORS
     )
-    # build_graph keeps a shell of equal distances whole; edges are ordered by centre, then distance.
+    # build_graph keeps a shell of equal distances whole; edges come by centre, then by distance.
     first_edge = torch.searchsorted(edge_index[1], edge_index[1])
     kept = torch.arange(edge_index.shape[1]) - first_edge < EDGE_NEIGHBORS
     edge_index, cell_offsets = edge_index[:, kept], cell_offsets[kept]
@@ -107,3 +114,49 @@ def _edges(system: System, positions: Array) -> dict[str, torch.Tensor]:
 
 def _float_tensor(values: Any) -> torch.Tensor:
     return torch.tensor(np.asarray(values), dtype=torch.float32)
+
+
+class ShardedWriter:
+    """Writes records to data.0000.lmdb, data.0001.lmdb, ... in a folder; use as a context manager.
+
+    Args:
+        folder: where the shards go; shards of the same names are replaced.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._stack = ExitStack()
+        self._shard: LmdbShardWriter | None = None
+        self._number = 0
+
+    def __enter__(self) -> Self:
+        self._stack.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._stack.__exit__(kind, error, traceback)
+
+    def append(self, value: bytes) -> None:
+        """Add one record."""
+        if self._shard is None or len(self._shard) == FRAMES_PER_SHARD:
+            if self._shard is not None:
+                self._shard.close()
+            path = self._folder / f"data.{self._number:04d}.lmdb"
+            self._shard = self._stack.enter_context(LmdbShardWriter(path, overwrite=True))
+            self._number += 1
+        self._shard.append(value)
+
+
+def write_raw(folder: Path, frames: list[tuple[str, str]]) -> None:
+    """Write frames as `0.extxyz.xz`, `0.txt.xz`, `1.extxyz.xz`, ... of an S2EF download."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, start in enumerate(range(0, len(frames), RAW_FRAMES_PER_FILE)):
+        chunk = frames[start : start + RAW_FRAMES_PER_FILE]
+        for part, suffix in enumerate(("extxyz", "txt")):
+            with lzma.open(folder / f"{number}.{suffix}.xz", "wt", encoding="ascii") as file:
+                file.writelines(frame[part] for frame in chunk)
