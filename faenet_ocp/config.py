@@ -233,7 +233,7 @@ class Config(_Section):
     @property
     def losses(self) -> dict[str, LossConfig]:
         """Loss terms by property (default: mae with coefficient 1)."""
-        given = {name: term for entry in self.loss_functions for name, term in entry.items()}
+        given: dict[str, LossConfig] = {name: term for entry in self.loss_functions for name, term in entry.items()}
         return given or {name: LossConfig() for name in self.properties}
 
     def output(self, name: str) -> OutputConfig:

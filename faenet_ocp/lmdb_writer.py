@@ -1,7 +1,7 @@
 """Writing LMDB shards in OC20's on-disk layout.
 
-A shard is one file (`subdir=False`) with the keys `0` .. `N-1` and `length` (a pickled int). A
-value is a pickled `torch_geometric.data.Data`, or bytes that were encoded elsewhere. A shard appears
+A shard is one file (`subdir=False`) with keys `0` .. `N-1` and `length` (a pickled int). A value is
+a pickled `torch_geometric.data.Data`, or bytes that were encoded elsewhere. A shard appears
 under its own name only when it is whole: it is written under a hidden temporary name in the same
 folder, synced to disk and then renamed.
 """

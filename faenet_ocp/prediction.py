@@ -96,7 +96,8 @@ def _predict(
 ) -> dict[str, np.ndarray]:
     device = torch.device(distutils.get_device_for_local_rank())
     with_forces = any(task.name == "forces" for task in tasks)
-    rows: dict[str, list[np.ndarray]] = {"ids": [], "energy": []} | ({"forces": [], "free": []} if with_forces else {})
+    names = ("ids", "energy", "forces", "free") if with_forces else ("ids", "energy")
+    rows: dict[str, list[np.ndarray]] = {name: [] for name in names}
     model.eval()
     for batches in loader:
         for batch in batches:

@@ -28,6 +28,8 @@ from faenet_ocp.config import OptimConfig
 from faenet_ocp.loggers import MetricLogger
 from faenet_ocp.tasks import SummedLoss, energy_gradient_forces, loss_mask, task_loss
 
+_Tensors = tuple[Tensor, ...] | list[Tensor]
+
 
 def learning_rate_schedule(optim: OptimConfig, total_steps: int) -> Callable[[int], float]:
     """Factor of `lr_initial` by step: linear warm-up from `warmup_factor` to 1, then a cosine down to `lr_min_factor`.
@@ -330,11 +332,11 @@ class OCPTrainUnit(MLIPTrainEvalUnit):
         self.num_skipped = state["num_skipped"]
 
 
-def _warming_ema(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor | int], None]:
+def _warming_ema(decay: float) -> Callable[[_Tensors, _Tensors, Tensor | int], None]:
     """EMA whose decay grows from 0.1 to `decay` as (1 + n) / (10 + n): early averages are not the initial weights."""
 
     @torch.no_grad()
-    def update(averages: list[Tensor], currents: list[Tensor], num_averaged: Tensor | int) -> None:
+    def update(averages: _Tensors, currents: _Tensors, num_averaged: Tensor | int) -> None:
         n = float(num_averaged)
         weight = 1 - min(decay, (1 + n) / (10 + n))
         for average, current in zip(averages, currents, strict=True):

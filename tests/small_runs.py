@@ -1,5 +1,6 @@
 """Checkpoints of small models, trained for two steps through the command line."""
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,11 @@ _TASKS: dict[str, dict[str, Any]] = {
 }
 
 
-def train(task: str, root: Path, folder: Path) -> Path:
-    """Train on the data that `small_data` wrote to `root`; the checkpoint's path."""
+@cache
+def train(task: str, root: Path) -> Path:
+    """Train on the data that `small_data` wrote to `root`, once a session; the checkpoint's path."""
+    folder = root / "runs"
+    folder.mkdir()
     config = {
         "trainer": "faenet",
         "task": task,

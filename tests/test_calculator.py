@@ -31,10 +31,8 @@ slab = small_runs.slab
 
 
 @pytest.fixture(scope="module")
-def checkpoints(small_is2re: Path, small_s2ef: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("runs")
-    roots = {"is2re": small_is2re, "s2ef": small_s2ef}
-    return {task: small_runs.train(task, root, folder) for task, root in roots.items()}
+def checkpoints(small_is2re: Path, small_s2ef: Path) -> dict[str, Path]:
+    return {task: small_runs.train(task, root) for task, root in (("is2re", small_is2re), ("s2ef", small_s2ef))}
 
 
 @pytest.fixture

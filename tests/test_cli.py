@@ -81,10 +81,11 @@ def test_the_model_learns(trained: Path) -> None:
 
 def test_metrics_are_those_of_an_independent_loop(trained: Path, small_is2re: Path) -> None:
     """The best checkpoint, loaded by hand and run system by system, gives the reported energy MAE."""
+    from fairchem.core.datasets.atomic_data import atomicdata_list_to_batch
+
     from faenet_ocp import build
     from faenet_ocp.checkpoint import load_weights
     from faenet_ocp.config import build_config
-    from fairchem.core.datasets.atomic_data import atomicdata_list_to_batch
 
     state = load_checkpoint(trained / "checkpoints" / "best.pt")
     config = build_config(state["config"])

@@ -115,7 +115,9 @@ def test_shipped_configs_are_found_from_any_folder(tmp_path: Path, monkeypatch: 
         find_config("configs/is2re/fanet.yml")
 
 
-@pytest.mark.parametrize("path", sorted(p for p in CONFIGS.rglob("*.yml") if p.name != "base.yml"), ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path", sorted(p for p in CONFIGS.rglob("*.yml") if p.name != "base.yml"), ids=lambda p: p.stem
+)
 def test_every_shipped_config_is_valid(path: Path) -> None:
     build_config(load_yaml(path))
 

@@ -22,8 +22,8 @@ REFERENCES = np.linspace(-1, 1, 119)
 
 
 @pytest.fixture(scope="module")
-def checkpoint(small_s2ef: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_runs.train("s2ef", small_s2ef, tmp_path_factory.mktemp("runs"))
+def checkpoint(small_s2ef: Path) -> Path:
+    return small_runs.train("s2ef", small_s2ef)
 
 
 @pytest.fixture

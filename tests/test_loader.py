@@ -47,7 +47,9 @@ def test_a_rank_without_samples_is_an_error() -> None:
 
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
 def test_evaluation_counts_each_sample_once(world: int) -> None:
-    seen = [key for rank in range(world) for b in EvalBatchSampler(range(7), 4, rank=rank, world_size=world) for key in b]
+    seen = [
+        key for rank in range(world) for b in EvalBatchSampler(range(7), 4, rank=rank, world_size=world) for key in b
+    ]
     assert sorted(seen) == [(0, i) for i in range(7)]
     for rank in range(world):
         sampler = EvalBatchSampler(range(7), 4, rank=rank, world_size=world)

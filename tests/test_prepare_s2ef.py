@@ -322,9 +322,9 @@ def test_killed_and_restarted(tmp_path: Path, workers: int, done: list[int]) -> 
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=ROOT)
     expected = [f"data.{number:04d}.lmdb" for number in done]
     deadline = time.monotonic() + 120
-    while sorted(shard_times(out)) != expected and process.poll() is None and time.monotonic() < deadline:
+    while not (sorted(shard_times(out)) == expected and list(out.glob(".data.0002.*.tmp"))):
+        assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
-    time.sleep(0.1)
     process.send_signal(signal.SIGKILL)
     process.wait()
     os.write(our_end, log.encode())  # a process that survives could now finish its shard
