@@ -165,9 +165,7 @@ class Predictor:
         pos = data.pos
         data = self.transforms(data, self.generator)
         if not torch.equal(data.pos, pos[data.atom_id]):
-            raise ValueError(
-                "a transform of the checkpoint moves atoms; its forces would belong to other positions"
-            )
+            raise ValueError("a transform of the checkpoint moves atoms; its forces would belong to other positions")
         return data
 
     def _check(self, atoms: Atoms) -> None:

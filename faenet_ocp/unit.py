@@ -150,7 +150,7 @@ class OCPTrainUnit(MLIPTrainEvalUnit):
         """What is evaluated: the EMA of the weights where there is one."""
         return self.raw_model if self.ema_model is None else self.ema_model.module
 
-    def train_step(self, state: State, data: list[AtomicData]) -> None:  # type: ignore[override]
+    def train_step(self, state: State, data: list[AtomicData]) -> None:
         """Forward, backward and optimiser step over the micro-batches of this rank."""
         self._note_data_wait(state)
         device = distutils.get_device_for_local_rank()

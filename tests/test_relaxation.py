@@ -2,6 +2,7 @@
 
 import importlib.util
 import io
+import itertools
 import json
 import multiprocessing
 import os
@@ -111,9 +112,7 @@ def test_steps_are_limited(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["3.traj"]
     frames = ase.io.read(tmp_path / "3.traj", ":")
     assert len(frames) == 8
-    jumps = [
-        np.linalg.norm(b.positions - a.positions, axis=1).max() for a, b in zip(frames[:-1], frames[1:], strict=True)
-    ]
+    jumps = [np.linalg.norm(b.positions - a.positions, axis=1).max() for a, b in itertools.pairwise(frames)]
     assert max(jumps) == pytest.approx(0.05)
     assert frames[-1].get_potential_energy() == pytest.approx(result.atoms.get_potential_energy())
 
@@ -315,7 +314,7 @@ def test_metrics_of_relaxed_structures() -> None:
     frames = []
     for index, (status, error, shift) in enumerate([("converged", 0.01, 0.02), ("failed", -0.5, 0.3)]):
         atoms = slab(index)
-        atoms.set_array("pos_relaxed", atoms.positions + (0, 0, shift))
+        atoms.set_array("pos_relaxed", atoms.positions + np.array([0, 0, shift]))
         atoms.info |= {"sid": "a", "y_relaxed": 1.0}
         atoms.calc = ase.calculators.singlepoint.SinglePointCalculator(
             atoms, energy=1.0 + error, forces=np.zeros((len(atoms), 3))
