@@ -14,6 +14,8 @@ A checkpoint is a dictionary of tensors, numbers, strings and containers (see `F
 | `statistics` | label statistics of the training set (`references.py`) |
 """
 
+import contextlib
+import io
 import logging
 import os
 import re
@@ -31,17 +33,25 @@ _STEP_FILE = re.compile(r"step_(\d+)\.pt")
 
 
 def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
-    """Writes to a temporary name in the same folder, syncs, and renames: a reader sees the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Writes to a temporary name in the same folder, syncs, and renames: a reader sees the old file or the new one.
+
+    Raises:
+        OSError: it could not be written, or the folder that `path.parent` is in is gone; the old file is still there.
+    """
+    path.parent.mkdir(exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # In memory first: torch's writer ends the process when the disk is full.
+    content = io.BytesIO()
+    torch.save({"format": FORMAT, "versions": software_versions(), **state}, content)
     try:
         with open(temporary, "wb") as file:
-            torch.save({"format": FORMAT, "versions": software_versions(), **state}, file)
+            file.write(content.getbuffer())
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the error of writing is the one that matters
+            temporary.unlink(missing_ok=True)
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -84,6 +94,12 @@ def save_step(folder: Path, step: int, state: Mapping[str, Any], *, keep: int) -
         old.unlink()
     logging.info("saved %s", path)
     return path
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Deletes what killed writers left half written; no writer may be at work."""
+    for path in folder.glob(".*.tmp"):
+        path.unlink(missing_ok=True)
 
 
 def load_newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:

@@ -8,11 +8,27 @@ import warnings
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from faenet_ocp.config import Config
+    from faenet_ocp.trainer import FAENetTrainer
+
 _JOB_FLAGS = ("run_dir", "identifier", "seed", "num_gpus", "num_nodes", "cpu", "amp", "debug", "print_every")
+_SLURM_FLAGS = ("partition", "account", "qos", "time", "mem_gb", "cpus_per_task")
+
+
+class _Run(NamedTuple):
+    """A checked run that can begin; `values` are those of a sweep."""
+
+    config: "Config"
+    trainer: "FAENetTrainer"
+    folder: Path
+    values: dict[str, Any]
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -39,6 +55,19 @@ def make_parser() -> argparse.ArgumentParser:
     job.add_argument("--amp", action="store_true", default=None, help="bfloat16 autocast")
     job.add_argument("--debug", action="store_true", default=None)
     job.add_argument("--print-every", type=int, metavar="N", help="steps between reports")
+    add("--sweep-yml", metavar="YAML", help="grid of values, dotted keys with lists: one run for each combination")
+    slurm = parser.add_argument_group("SLURM", "--slurm-... are also keys of the section slurm:")
+    add = slurm.add_argument
+    add("--submit", action="store_true", help="hand the run to SLURM; a sweep becomes an array of jobs")
+    add("--dry-run", action="store_true", help="with --submit: check all, print what would be submitted, and end")
+    add("--slurm-partition", metavar="NAME")
+    add("--slurm-account", metavar="NAME")
+    add("--slurm-qos", metavar="NAME")
+    add("--slurm-time", metavar="TIME", help="time limit of one start: M, H:M:S, D-H:M:S, ...")
+    add("--slurm-timeout", metavar="HOURS", dest="slurm_time", type=lambda text: f"{int(text)}:00:00")
+    add("--slurm-mem", metavar="GB", dest="slurm_mem_gb", type=float, help="memory of each node")
+    add("--slurm-cpus", metavar="N", dest="slurm_cpus_per_task", type=int, help="CPUs of each rank")
+    add("--slurm-extra", metavar="OPTION=VALUE", action="append", help="any other option of sbatch; repeatable")
     return parser
 
 
@@ -60,12 +89,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(flags: argparse.Namespace, overrides: Sequence[str]) -> int:
-    from fairchem.core.common.registry import registry  # these imports take seconds: not for --help
+    from faenet_ocp import trainer as _registers  # noqa: F401  # takes seconds: not for --help
 
-    from faenet_ocp import trainer as _registers  # noqa: F401
+    if flags.dry_run and not flags.submit:
+        raise ValueError("--dry-run: says what --submit would do; give both")
+    raw = _merge(flags, overrides)
+    runs = [_prepare(raw, flags)] if flags.sweep_yml is None else _prepare_sweep(raw, flags)
+    if flags.submit:
+        return _submit(runs, flags)
+    if flags.sweep_yml is None:
+        return _run_here(runs[0], flags.mode)
+    return _run_sweep(runs, flags.mode)
+
+
+def _prepare(raw: dict[str, Any], flags: argparse.Namespace, values: dict[str, Any] | None = None) -> _Run:
+    """Validates a configuration and all that it names; nothing is written."""
+    from fairchem.core.common.registry import registry
+
     from faenet_ocp.config import build_config, nearest
 
-    raw = _merge(flags, overrides)
     config = build_config(raw)
     try:
         trainer_class = registry.get_trainer_class(config.trainer)
@@ -74,11 +116,68 @@ def _run(flags: argparse.Namespace, overrides: Sequence[str]) -> int:
         raise ValueError(f"trainer: {config.trainer!r} is not registered{nearest(config.trainer, known)}") from error
     trainer = trainer_class(config, mode=flags.mode, checkpoint=flags.checkpoint)
     trainer.check()
-    folder = _run_folder(config, flags.mode)
-    name = "config.yml" if flags.mode == "train" else f"config_{flags.mode}.yml"
-    _write_config(folder / name, config.model_dump(mode="json", exclude_none=True))
-    _launch(trainer.build(folder), folder)
-    return _show(folder, flags.mode)
+    return _Run(config, trainer, _run_folder(config, flags.mode), values or {})
+
+
+def _prepare_sweep(raw: dict[str, Any], flags: argparse.Namespace) -> list[_Run]:
+    from faenet_ocp.sweep import expand, load_grid
+
+    name = raw["job"].get("identifier") or datetime.now().strftime("%Y-%m-%d-%H-%M-%S")
+    runs = []
+    for values, element in expand(raw, load_grid(flags.sweep_yml), name):
+        try:
+            runs.append(_prepare(element, flags, values))
+        except ValueError as error:
+            raise ValueError(f"{element['job']['identifier']}, {values}: {error}") from error
+    return runs
+
+
+def _run_here(run: _Run, mode: str) -> int:
+    _write_configs(run, mode)
+    _launch(_canonical(run.trainer.build(run.folder)))
+    return _show(run.folder, mode)
+
+
+def _run_sweep(runs: Sequence[_Run], mode: str) -> int:
+    """One run after another; one that fails does not keep the others from running."""
+    failed = []
+    for run in runs:
+        logging.info("%s: %s", run.folder.name, run.values)
+        try:
+            _run_here(run, mode)
+        except Exception:
+            if len(runs) == 1:
+                raise
+            logging.exception("%s failed", run.folder.name)
+            failed.append(run.folder.name)
+    if failed:
+        sys.stderr.write(f"error: {len(failed)} of {len(runs)} runs failed: {', '.join(failed)}\n")
+    return 1 if failed else 0
+
+
+def _submit(runs: Sequence[_Run], flags: argparse.Namespace) -> int:
+    """Hands the runs to SLURM and says how to follow them."""
+    from faenet_ocp import slurm
+
+    is_sweep, first = flags.sweep_yml is not None, runs[0]
+    folder = first.folder.with_name(first.folder.name.removesuffix("run0") + "sweep") if is_sweep else first.folder
+    for run in runs:
+        slurm.check_same_request(first.config, run.config)
+        if active := slurm.active_jobs(run.folder):
+            raise ValueError(f"{run.folder} is in the queue already, as job {', '.join(active)}; scancel it first")
+    submission = slurm.Submission(first.config, name=folder.name, folder=folder / "slurm")
+    if flags.dry_run:
+        sys.stdout.write(slurm.describe(submission, {run.folder: run.values for run in runs}))
+        return 0
+    for run in runs:
+        _write_configs(run, flags.mode)
+    jobs = submission.submit([_canonical(slurm.for_slurm(run.trainer.build(run.folder), run.config)) for run in runs])
+    for run, job in zip(runs, jobs, strict=True):
+        slurm.note_job(run.folder, job)
+    sys.stdout.write(slurm.report(submission, {run.folder: job for run, job in zip(runs, jobs, strict=True)}))
+    sys.stdout.flush()
+    slurm.warn_of_wait(jobs[0])
+    return 0
 
 
 def _merge(flags: argparse.Namespace, overrides: Sequence[str]) -> dict[str, Any]:
@@ -100,11 +199,23 @@ def _merge(flags: argparse.Namespace, overrides: Sequence[str]) -> dict[str, Any
         flags.checkpoint = str(Path(flags.checkpoint).resolve())
     raw = recursive_dict_merge(raw, parse_overrides(overrides))
     job = {name: getattr(flags, name) for name in _JOB_FLAGS if getattr(flags, name) is not None}
-    raw = recursive_dict_merge(raw, {"job": job})
-    if not raw["job"].get("cpu") and not torch.cuda.is_available():
+    raw = recursive_dict_merge(raw, {"job": job, "slurm": _slurm_settings(flags)})
+    if not raw["job"].get("cpu") and not flags.submit and not torch.cuda.is_available():
         logging.info("no GPU is available here: running on the CPU")
         raw["job"]["cpu"] = True
     return raw
+
+
+def _slurm_settings(flags: argparse.Namespace) -> dict[str, Any]:
+    from faenet_ocp.config import parse_value
+
+    given = {name: getattr(flags, f"slurm_{name}") for name in _SLURM_FLAGS}
+    settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    extra = {}
+    for option in flags.slurm_extra or ():
+        name, equals, value = option.partition("=")
+        extra[name.removeprefix("--")] = parse_value(value) if equals else True
+    return {**settings, "additional_parameters": extra} if extra else settings
 
 
 def _run_folder(config: Any, mode: str) -> Path:
@@ -113,6 +224,13 @@ def _run_folder(config: Any, mode: str) -> Path:
     if mode == "validate" and (folder / "results" / "metrics.json").exists():
         raise ValueError(f"{folder} has results already; choose another --identifier")
     return folder
+
+
+def _write_configs(run: _Run, mode: str) -> None:
+    name = "config.yml" if mode == "train" else f"config_{mode}.yml"
+    _write_config(run.folder / name, run.config.model_dump(mode="json", exclude_none=True))
+    if run.values:
+        _write_config(run.folder / "sweep_values.yml", run.values)
 
 
 def _write_config(path: Path, content: dict[str, Any]) -> None:
@@ -138,18 +256,23 @@ def _flat(content: Any, prefix: str = "") -> dict[str, Any]:
     }
 
 
-def _launch(job_and_runner: dict[str, Any], folder: Path) -> None:
-    """Hands over to fairchem: in this process for one rank, through torch elastic for more."""
+def _canonical(job_and_runner: dict[str, Any]) -> "DictConfig":
+    """fairchem's own configuration of a run, saved in the run's folder as fairchem does."""
     from fairchem.core._cli import get_canonical_config
-    from fairchem.core.common import distutils
     from fairchem.core.launchers.api import JobConfig
-    from fairchem.core.launchers.slurm_launch import local_launch
     from omegaconf import OmegaConf
 
-    merged = OmegaConf.merge({"job": OmegaConf.structured(JobConfig)}, job_and_runner)
-    config = get_canonical_config(merged)
+    config = get_canonical_config(OmegaConf.merge({"job": OmegaConf.structured(JobConfig)}, job_and_runner))
     os.makedirs(config.job.metadata.log_dir, exist_ok=True)
     OmegaConf.save(config, config.job.metadata.config_path)
+    return config
+
+
+def _launch(config: "DictConfig") -> None:
+    """Hands over to fairchem: in this process for one rank, through torch elastic for more."""
+    from fairchem.core.common import distutils
+    from fairchem.core.launchers.slurm_launch import local_launch
+
     try:
         local_launch(config, config.job.metadata.log_dir)
     finally:

@@ -19,6 +19,8 @@ import yaml
 from fairchem.core.common.utils import UniqueKeyLoader, recursive_dict_merge
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from faenet_ocp.slurm_config import SlurmConfig
+
 FRAME_METHODS = Literal["full", "stochastic", "det", "canonical", "data_augmentation", "none"]
 LOGGERS = Literal["tensorboard", "wandb", "none"]
 TASKS = Literal["is2re", "s2ef"]
@@ -54,7 +56,12 @@ class SourceConfig(_Section):
 
 
 class DatasetConfig(_Section):
-    """`dataset:` the data, one entry for each split."""
+    """`dataset:` the data, one entry for each split.
+
+    A sample that cannot be read or used ends the run, or with `on_bad_sample: skip` is left out, counted, and listed in
+    `bad_samples.jsonl`: batches are smaller by it. More than `max_bad_share` of a split always end the run, and so does
+    one in a split that is to be predicted.
+    """
 
     name: str = "OC20"
     root: str = "data"
@@ -62,6 +69,8 @@ class DatasetConfig(_Section):
     key_mapping: dict[str, str] = {}
     edges: Literal["stored", "recompute"] = "stored"
     transforms: dict[str, dict[str, Any] | Literal[False] | None] = {}
+    on_bad_sample: Literal["error", "skip"] = "error"
+    max_bad_share: float = Field(default=0.001, ge=0, lt=1)
     train: SourceConfig | None = None
     val: dict[str, SourceConfig] = {}
     test: dict[str, SourceConfig] = {}
@@ -121,7 +130,12 @@ class OptimConfig(_Section):
 
     `batch_size` counts systems over all ranks and accumulation steps. Up to `skip_nonfinite` steps whose gradient is
     not finite are left out (and kept in `failures/`) before the run stops. A checkpoint is saved at every evaluation
-    and after every `checkpoint_every` steps.
+    and after every `checkpoint_every` steps. A checkpoint or metric that cannot be written (disk full, folder gone) ends
+    the run, or with `on_write_error: warn` is left out.
+
+    Every training sample is used once an epoch: nothing is dropped or repeated, batch sizes differ by at most one.
+    Ranks get equally many systems of a batch; with `balance: atoms` those of about equally many atoms. `worker_context:
+    spawn` starts loader workers afresh instead of by forking (slower; where forking is not safe).
     """
 
     optimizer: str = "AdamW"
@@ -144,7 +158,10 @@ class OptimConfig(_Section):
     checkpoint_every: int | None = Field(default=None, ge=1)
     keep_checkpoints: int = Field(default=2, ge=1)
     skip_nonfinite: int = Field(default=0, ge=0)
+    balance: Literal["systems", "atoms"] = "systems"
     num_workers: int = Field(default=2, ge=0)
+    worker_context: Literal["fork", "spawn"] = "fork"
+    on_write_error: Literal["stop", "warn"] = "stop"
 
 
 class LoggerConfig(_Section):
@@ -192,6 +209,7 @@ class Config(_Section):
     optim: OptimConfig
     logger: LoggerConfig = LoggerConfig()
     job: JobConfig = JobConfig()
+    slurm: SlurmConfig = SlurmConfig()
 
     @field_validator("logger", mode="before")
     @classmethod
@@ -311,11 +329,23 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
             if not rest:
                 raise ValueError(f"{argument}: a value is missing: {argument}=value")
             value = rest.pop(0)
-        nested: Any = yaml.load(value, Loader=_Loader)
+        nested: Any = parse_value(value)
         for part in reversed(name[2:].split(".")):
             nested = {part: nested}
         result = recursive_dict_merge(result, nested)
     return result
+
+
+def parse_value(text: str) -> Any:
+    """A value from the command line, read as YAML.
+
+    Raises:
+        ValueError: it is not YAML.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)  # a SafeLoader
+    except yaml.YAMLError as error:
+        raise ValueError(f"{text!r} is not a YAML value: {error}") from error
 
 
 def build_config(raw: Mapping[str, Any]) -> Config:

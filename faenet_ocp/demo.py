@@ -68,7 +68,8 @@ SUMMARY_NAME = "summary.json"
 WORK_NAME = ".unfinished"
 
 _SYSTEMS_PER_SLAB = 4
-_MAX_DISCARDS = 100  # per slab; about 3 % of the systems are discarded
+_MAX_DISCARDS_ON_SLAB = 8  # about 3 % of the systems are discarded; a slab with more is unstable
+_MAX_DISCARDS = 100
 _LAYOUT = 1  # to be raised when the same settings begin to give other data
 _TABLE_COLUMNS = (
     "sid",
@@ -284,13 +285,13 @@ def _draw_systems(unit: _Unit, rng: np.random.Generator) -> tuple[list[System], 
     compositions = [name for name in COMPOSITIONS if (name in OOD_COMPOSITIONS) == ood_compositions]
     systems: list[System] = []
     discarded: Counter[str] = Counter()
-    slab = None
+    slab, discarded_before = None, 0
     while len(systems) < unit.num_systems:
-        if discarded.total() > _MAX_DISCARDS:
+        if discarded.total() >= _MAX_DISCARDS:
             raise RuntimeError(f"{unit}: too many systems had to be discarded, {dict(discarded)}")
-        if slab is None:
+        if slab is None or discarded.total() - discarded_before >= _MAX_DISCARDS_ON_SLAB:
             spec = draw_slab(rng, compositions, partial(_belongs_to, split=unit.split))
-            slab = relaxed_slab(spec)
+            slab, discarded_before = relaxed_slab(spec), discarded.total()
             if slab is None:
                 discarded["slab not converged"] += 1
                 continue

@@ -19,9 +19,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from faenet_ocp.edge_sums import segment_sum
 from faenet_ocp.embedding import EDGE_EMBED_TYPES, AtomEmbedding, EdgeEmbedding
 from faenet_ocp.force_head import ForceHead
-from faenet_ocp.message_passing import MP_TYPES, BlockOptions, Graph, dense, segment_sum
+from faenet_ocp.message_passing import MP_TYPES, TABULATED, BlockOptions, Graph, dense
 from faenet_ocp.options import activation, choice, flag, positive, switched_off, whole_number
 
 __all__ = ["EnergyHead", "FAENet", "FAENetOutput", "ForceHead"]
@@ -168,7 +169,11 @@ class FAENet(nn.Module):
         atomic_numbers = atomic_numbers.long()
         self.atom_embedding.check_elements(atomic_numbers)
         source, target = edge_index
-        e = self.edge_embedding(edge_vec)
+        knots = None
+        if self.mp_type in TABULATED and self.edge_embedding.tabulates(edge_vec):
+            e, knots = self.edge_embedding.with_knots(edge_vec)
+        else:
+            e = self.edge_embedding(edge_vec)
         # Under autocast, embeddings and sums over atoms stay in the precision of the input.
         h = self.atom_embedding(atomic_numbers, tags).to(edge_vec.dtype)
         graph = Graph(
@@ -178,6 +183,7 @@ class FAENet(nn.Module):
             local_env=(segment_sum(e.to(h.dtype), target, h.shape[0]) if self.mp_type == "updown_local_env" else None),
             norm_batch=batch if self.graph_norm == "system" else None,
             num_systems=num_systems,
+            knots=knots,
         )
         hidden_states = [h]
         for block in self.blocks:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from faenet_ocp.options import activation, choice, switched_off, whole_number
+from faenet_ocp.rank_norm import RankBatchNorm
 
 FORCE_DECODERS = ("mlp", "simple", "res", "res_updown")
 FORCE_NORMS = ("batch1d", "layer", "none")
@@ -29,9 +30,9 @@ class ForceHead(nn.Module):
         hidden_channels: C, as in `FAENet`.
         force_decoder_type: one of the above.
         force_hidden_channels: H.
-        force_norm: "batch1d" (BatchNorm over atoms, the authors' choice: running statistics when
-            evaluating, so that predictions do not depend on the batch), "layer", or "none" (or
-            null).
+        force_norm: "batch1d" (BatchNorm over the atoms of all ranks, the authors' choice: running
+            statistics when evaluating, so that predictions do not depend on the batch), "layer",
+            or "none" (or null).
         act: activation function.
 
     Raises:
@@ -81,6 +82,6 @@ def _mlp(sizes: tuple[int, ...], norm: str, act: str) -> nn.Sequential:
     for in_channels, out_channels in pairwise(sizes):
         layers.append(nn.Linear(in_channels, out_channels))
         if norm != "none":
-            layers.append((nn.BatchNorm1d if norm == "batch1d" else nn.LayerNorm)(out_channels))
+            layers.append((RankBatchNorm if norm == "batch1d" else nn.LayerNorm)(out_channels))
         layers.append(_Activation(act))
     return nn.Sequential(*layers)

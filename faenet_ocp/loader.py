@@ -2,20 +2,21 @@
 
 Batch sizes are in systems and over all ranks together. The order of an epoch depends only on (seed, epoch, number of
 samples, batch size), never on the number of ranks or workers: global batch b is the same set of systems on 1 and on 8
-ranks, split between them as evenly as possible.
+ranks, and so is each of its micro-batches; ranks share them as evenly as possible.
 """
 
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from fairchem.core.datasets.atomic_data import AtomicData, atomicdata_list_to_batch
+from numpy.typing import NDArray
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-Key = tuple[int, int]
-"""(epoch, index): what a dataset is asked for; the epoch decides its random transforms."""
-
+from faenet_ocp.bad_samples import BadSample, Key, Tolerant
 
 def even_slice(total: int, parts: int, part: int) -> slice:
     """Part `part` of `total` items cut into `parts` runs whose lengths differ by at most one."""
@@ -36,18 +37,29 @@ class TrainBatchSampler(Sampler[list[Key]]):
         seed: of the order; epoch e is shuffled with (seed, e).
         rank: this process.
         world_size: number of processes.
-        num_chunks: micro-batches that each rank's share is cut into (gradient accumulation).
+        num_chunks: micro-batches that each batch is cut into (gradient accumulation); ranks share each of them.
+        sizes: atoms of each sample: ranks get as many systems as without, but chosen such that their atoms are
+            about equally many. The global batches stay the same.
 
     Raises:
         ValueError: a rank would get no system in some step.
     """
 
     def __init__(
-        self, num_samples: int, batch_size: int, *, seed: int, rank: int = 0, world_size: int = 1, num_chunks: int = 1
+        self,
+        num_samples: int,
+        batch_size: int,
+        *,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        num_chunks: int = 1,
+        sizes: NDArray[np.integer] | None = None,
     ):
         self.num_samples = num_samples
         self.num_batches = -(-num_samples // batch_size)
-        self.seed, self.rank, self.world_size = seed, rank, world_size
+        self.seed, self.rank, self.world_size, self.num_chunks = seed, rank, world_size, num_chunks
+        self.sizes = sizes
         self.epoch = self.start = 0
         smallest = num_samples // self.num_batches if num_samples else 0
         if smallest < world_size * num_chunks:
@@ -63,12 +75,33 @@ class TrainBatchSampler(Sampler[list[Key]]):
         order = np.random.default_rng([self.seed, self.epoch]).permutation(self.num_samples)
         for batch in range(self.start, self.num_batches):
             members = order[even_slice(self.num_samples, self.num_batches, batch)]
-            mine = members[even_slice(len(members), self.world_size, self.rank)]
-            yield [(self.epoch, int(index)) for index in mine]
+            # A rank's shares of the chunks do not grow and differ by at most one: `collate` finds them by even_slice.
+            chunks = (members[even_slice(len(members), self.num_chunks, chunk)] for chunk in range(self.num_chunks))
+            yield [(self.epoch, int(index)) for chunk in chunks for index in self._share(chunk)]
+
+    def _share(self, members: NDArray[np.integer]) -> NDArray[np.integer]:
+        if self.sizes is None or self.world_size == 1:
+            return members[even_slice(len(members), self.world_size, self.rank)]
+        return members[balanced_shares(self.sizes[members], self.world_size)[self.rank]]
 
     def set_epoch_and_start_iteration(self, epoch: int, start: int) -> None:
         """Called by fairchem's unit at the start of an epoch, or in its middle when a run is resumed."""
         self.epoch, self.start = epoch, start
+
+
+def balanced_shares(sizes: NDArray[np.integer], parts: int) -> list[NDArray[np.intp]]:
+    """Items in `parts` shares of about equal total size; as many items in each as `even_slice` would give.
+
+    The largest first, each to the share that is smallest so far and not full. Depends on the sizes only.
+    """
+    room = [len(range(*even_slice(len(sizes), parts, part).indices(len(sizes)))) for part in range(parts)]
+    loads = [0] * parts
+    shares: list[list[int]] = [[] for _ in range(parts)]
+    for item in np.argsort(-sizes, kind="stable").tolist():
+        part = min((p for p in range(parts) if len(shares[p]) < room[p]), key=lambda p: (loads[p], p))
+        shares[part].append(item)
+        loads[part] += int(sizes[item])
+    return [np.array(sorted(share), dtype=np.intp) for share in shares]
 
 
 class EvalBatchSampler(Sampler[list[Key]]):
@@ -86,9 +119,53 @@ class EvalBatchSampler(Sampler[list[Key]]):
             yield [(0, int(index)) for index in self.indices[start : start + self.batch_size]]
 
 
-def collate(samples: Sequence[AtomicData], num_chunks: int = 1) -> list[AtomicData]:
+class Batches(list[AtomicData | None]):
+    """The micro-batches of one step on one rank; None where all samples of one are bad.
+
+    Attributes:
+        bad: samples that cannot be used.
+        kept: places of the others among the samples asked for.
+    """
+
+    bad: list[BadSample]
+    kept: list[int]
+
+    def pin_memory(self) -> Self:
+        """Called by the loader: tensors in page-locked memory, from where a GPU copies while it works."""
+        for batch in self:
+            if batch is not None:
+                batch.apply(Tensor.pin_memory)
+        return self
+
+
+def collate(samples: Sequence[AtomicData | BadSample], num_chunks: int = 1) -> Batches:
     """Samples to `num_chunks` batches (micro-batches of one optimiser step)."""
-    return [atomicdata_list_to_batch(list(samples[even_slice(len(samples), num_chunks, i)])) for i in range(num_chunks)]
+    batches = Batches()
+    batches.bad = [sample for sample in samples if isinstance(sample, BadSample)]
+    batches.kept = [place for place, sample in enumerate(samples) if not isinstance(sample, BadSample)]
+    for chunk in range(num_chunks):
+        part = samples[even_slice(len(samples), num_chunks, chunk)]
+        good = [sample for sample in part if not isinstance(sample, BadSample)]
+        batches.append(atomicdata_list_to_batch(good) if good else None)
+    return batches
+
+
+def empty_batch(dataset: Dataset) -> AtomicData:
+    """A batch without systems, for a rank that has none in some step but has to take part in it.
+
+    Raises:
+        ValueError: there is no sample to take the fields from.
+    """
+    for index in range(len(dataset)):  # type: ignore[arg-type]
+        sample = Tolerant(dataset)[0, index]
+        if not isinstance(sample, BadSample):
+            batch = atomicdata_list_to_batch([sample])
+            for name, value in list(batch):
+                if isinstance(value, Tensor):
+                    batch[name] = value[:, :0] if name == "edge_index" else value[:0]
+            batch.sid, batch.batch = [], batch.batch[:0]
+            return batch
+    raise ValueError("no sample of the training set can be used")
 
 
 def make_loader(
@@ -98,14 +175,39 @@ def make_loader(
     num_workers: int,
     num_chunks: int = 1,
     persistent: bool = False,
+    context: str = "fork",
+    pin_memory: bool = False,
     collate_fn: Callable[..., Any] = collate,
 ) -> DataLoader:
-    """A loader of lists of batches; workers are forked, as spawned ones would import everything again."""
+    """A loader of `Batches`.
+
+    Args:
+        dataset: may raise ValueErrors; they arrive as `Batches.bad`.
+        batch_sampler: lists of keys.
+        num_workers: processes that load; 0: this one.
+        num_chunks: see `collate`.
+        persistent: keep the workers for the next epoch.
+        context: how workers start. "fork" takes no time; "spawn" imports everything again (seconds in each), but
+            does not inherit threads and locks.
+        pin_memory: for training on a GPU.
+        collate_fn: called with the samples and num_chunks.
+    """
     return DataLoader(
-        dataset,
+        Tolerant(dataset),
         batch_sampler=batch_sampler,
         collate_fn=partial(collate_fn, num_chunks=num_chunks),
         num_workers=num_workers,
         persistent_workers=persistent and num_workers > 0,
-        multiprocessing_context="fork" if num_workers > 0 else None,
+        multiprocessing_context=context if num_workers > 0 else None,
+        worker_init_fn=_ignore_signals,
+        pin_memory=pin_memory,
     )
+
+
+def _ignore_signals(_worker: int) -> None:
+    """Ctrl-C and `timeout` signal the whole process group: the training process decides when its workers end.
+
+    Workers end when it closes the loader, and within seconds when it dies.
+    """
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_IGN)

@@ -67,15 +67,24 @@ class MetricLogger:
         identifier: name of the run.
         config: resolved configuration, shown by W&B.
         step: optimiser steps done so far.
+        lenient: a record that cannot be written (disk full) is a warning instead of an OSError.
     """
 
     def __init__(
-        self, settings: LoggerConfig, folder: Path, *, identifier: str, config: Mapping[str, Any], step: int = 0
+        self,
+        settings: LoggerConfig,
+        folder: Path,
+        *,
+        identifier: str,
+        config: Mapping[str, Any],
+        step: int = 0,
+        lenient: bool = False,
     ):
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "metrics.jsonl"
+        self.lenient = lenient
         _keep_until(self.path, step)
-        self.file = self.path.open("a", encoding="utf-8")
+        self.file = self.path.open("ab", buffering=0)  # a line is there when `log` returns, or an error says so
         self.sink: _Sink | None = None
         if settings.name == "tensorboard":
             self.sink = _TensorBoard(folder, step)
@@ -84,10 +93,15 @@ class MetricLogger:
 
     def log(self, step: int, epoch: float, values: Mapping[str, float]) -> None:
         """Writes the values of one step."""
-        self.file.write(json.dumps({"step": step, "epoch": round(epoch, 6), **values}) + "\n")
-        self.file.flush()
-        if self.sink is not None:
-            self.sink.write(step, {**values, "epoch": epoch})
+        try:
+            self.file.write((json.dumps({"step": step, "epoch": round(epoch, 6), **values}) + "\n").encode())
+            if self.sink is not None:
+                self.sink.write(step, {**values, "epoch": epoch})
+        except OSError as error:
+            message = f"metrics of step {step} could not be written: {error.strerror or error}, {self.path}"
+            if not self.lenient:
+                raise OSError(message) from error
+            logging.warning("%s. Going on without", message)
 
     def close(self) -> None:
         """Flushes and closes."""

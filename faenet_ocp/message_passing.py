@@ -29,8 +29,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch_geometric.nn.norm import GraphNorm
 from torch_geometric.utils import softmax
+
+from faenet_ocp.rank_norm import RankGraphNorm
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -45,6 +46,7 @@ class Graph(NamedTuple):
         local_env: sum of e_ij over j, (N, F), for `updown_local_env`; else None.
         norm_batch: system of every atom, (N,); None to normalise over all atoms of the batch.
         num_systems: B.
+        knots: the last channels of e_ij, as a function of the distance; `edge_embedding` has only the others then.
     """
 
     source: Tensor
@@ -53,6 +55,7 @@ class Graph(NamedTuple):
     local_env: Tensor | None
     norm_batch: Tensor | None
     num_systems: int
+    knots: Knots | None = None
 
 
 class BlockOptions(NamedTuple):
@@ -64,15 +67,6 @@ class BlockOptions(NamedTuple):
     complex_mp: bool
     graph_norm: bool
     att_heads: int = 1
-
-
-def segment_sum(values: Tensor, index: Tensor, size: int) -> Tensor:
-    """Sum the rows that share an index: (M, ...) and (M,) -> (size, ...); zero where none does.
-
-    With a sorted index `index_add` is faster on CPU than `torch.segment_reduce`, and unlike it,
-    it can be differentiated twice, which a loss on -dE/dX needs.
-    """
-    return values.new_zeros(size, *values.shape[1:]).index_add(0, index, values)
 
 
 class _MessageSum(torch.autograd.Function):
@@ -122,12 +116,27 @@ class EdgeFilter(nn.Module):
         self.act = options.act
         self.lin = dense(options.num_filters, out_channels)
 
-    def forward(self, h: Tensor, graph: Graph) -> Tensor:
-        """Filters of all edges, (E, out_channels)."""
-        return self.act(self.lin(graph.edge_embedding))
+    def edge_weight(self) -> Tensor:
+        """The columns of W that act on e_ij, (M, F)."""
+        return self.lin.weight
+
+    def of_nodes(self, h: Tensor) -> Tensor:
+        """What h_j and h_i add to the filters before the activation, beside each other, (N, 2 M)."""
+        bias = self.lin.bias
+        return torch.cat([torch.zeros_like(bias), bias]).expand(len(h), -1)
+
+    def sum_messages(self, h: Tensor, values: Tensor, graph: Graph) -> Tensor:
+        """m_i = sum over edges j -> i of f_ij * v_j, (N, M)."""
+        weight, knots = self.edge_weight(), None
+        if graph.knots is not None:
+            at_knots = weight[:, graph.edge_embedding.shape[1] :]
+            knots = graph.knots._replace(values=functional.linear(graph.knots.values, at_knots))
+            weight = weight[:, : graph.edge_embedding.shape[1]]
+        nodes = self.of_nodes(h)
+        return filtered_sum(graph.edge_embedding, weight, nodes, values, graph.source, graph.target, self.act, knots)
 
 
-class EdgeNodeFilter(nn.Module):
+class EdgeNodeFilter(EdgeFilter):
     """f_ij = act(W [e_ij, h_j, h_i] + b), equation (8).
 
     The columns of W act on three blocks. Those of the nodes are applied once per atom, and their
@@ -136,21 +145,20 @@ class EdgeNodeFilter(nn.Module):
     """
 
     def __init__(self, options: BlockOptions, out_channels: int) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.act = options.act
         self.blocks = (options.num_filters, options.hidden_channels, options.hidden_channels)
         self.lin = dense(sum(self.blocks), out_channels)
 
-    def forward(self, h: Tensor, graph: Graph) -> Tensor:
-        """Filters of all edges, (E, out_channels)."""
-        w_edge, w_source, w_target = self.lin.weight.split(self.blocks, dim=1)
-        filters = functional.linear(graph.edge_embedding, w_edge)
-        filters += functional.linear(h, w_source).index_select(0, graph.source)
-        filters += functional.linear(h, w_target, self.lin.bias).index_select(0, graph.target)
-        return self.act(filters)
+    def edge_weight(self) -> Tensor:
+        return self.lin.weight[:, : self.blocks[0]]
+
+    def of_nodes(self, h: Tensor) -> Tensor:
+        _, w_source, w_target = self.lin.weight.split(self.blocks, dim=1)
+        return torch.cat([functional.linear(h, w_source), functional.linear(h, w_target, self.lin.bias)], dim=1)
 
 
-FilterType = Callable[[BlockOptions, int], nn.Module]
+FilterType = Callable[[BlockOptions, int], EdgeFilter]
 
 
 class InteractionBlock(nn.Module):
@@ -166,7 +174,7 @@ class InteractionBlock(nn.Module):
         super().__init__()
         hidden_channels = options.hidden_channels
         self.act = options.act
-        self.norm = GraphNorm(message_channels) if options.graph_norm else None
+        self.norm = RankGraphNorm(message_channels) if options.graph_norm else None
         self.lin_out = dense(update_channels or message_channels, hidden_channels)
         self.lin_complex = dense(hidden_channels, hidden_channels) if options.complex_mp else None
 
@@ -203,8 +211,9 @@ class Convolution(InteractionBlock):
 
     def aggregate(self, h: Tensor, graph: Graph) -> Tensor:
         """Sum of the filtered embeddings of the neighbours, (N, C)."""
-        filters = graph.edge_embedding if self.filter is None else self.filter(h, graph)
-        return sum_messages(filters, h, graph)
+        if self.filter is None:
+            return sum_messages(graph.edge_embedding, h, graph)
+        return self.filter.sum_messages(h, h, graph)
 
 
 class UpDownConvolution(InteractionBlock):
@@ -223,7 +232,7 @@ class UpDownConvolution(InteractionBlock):
     def aggregate(self, h: Tensor, graph: Graph) -> Tensor:
         """Sum of the filtered, scaled-down embeddings of the neighbours, (N, F)."""
         values = self.act(self.lin_down(h)).to(h.dtype)
-        return sum_messages(self.filter(h, graph), values, graph)
+        return self.filter.sum_messages(h, values, graph)
 
 
 class LocalEnvConvolution(InteractionBlock):
@@ -301,3 +310,5 @@ MP_TYPES: dict[str, Callable[[BlockOptions], InteractionBlock]] = {
     "att": partial(Attention, multiply=False),
 }
 """Interaction block by the name of its message passing."""
+TABULATED = ("base", "simple", "updownscale", "updownscale_base")
+"""Those that take a part of the edge embedding as a function of the distance, `Graph.knots`."""

@@ -27,6 +27,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from faenet_ocp.bad_samples import BadSamples
 from faenet_ocp.loader import EvalBatchSampler
 from faenet_ocp.tasks import conservative_outputs, to_physical
 
@@ -79,7 +80,9 @@ def predict_split(
     with tqdm(total=sum(len(r) for _, r in mine), desc=path.stem, unit="system", leave=False, disable=hidden) as bar:
         for part, indices in mine:
             loader = make_loader(EvalBatchSampler(indices, batch_size))
-            arrays = _predict(model, tasks, loader, bar, amp=amp, conservative=conservative)
+            # A file without one of its systems would be of no use: a bad sample is always an error.
+            bad_samples = BadSamples(path.stem, total)
+            arrays = _predict(model, tasks, loader, bar, bad_samples, amp=amp, conservative=conservative)
             _check_finite(arrays, path.stem)
             _write(part, arrays)
     distutils.synchronize()
@@ -92,7 +95,14 @@ def predict_split(
 
 @torch.no_grad()
 def _predict(
-    model: nn.Module, tasks: Sequence[Task], loader: DataLoader, bar: tqdm, *, amp: bool, conservative: bool
+    model: nn.Module,
+    tasks: Sequence[Task],
+    loader: DataLoader,
+    bar: tqdm,
+    bad_samples: BadSamples,
+    *,
+    amp: bool,
+    conservative: bool,
 ) -> dict[str, np.ndarray]:
     device = torch.device(distutils.get_device_for_local_rank())
     with_forces = any(task.name == "forces" for task in tasks)
@@ -100,6 +110,7 @@ def _predict(
     rows: dict[str, list[np.ndarray]] = {name: [] for name in names}
     model.eval()
     for batches in loader:
+        bad_samples.note(batches.bad)
         for batch in batches:
             batch = batch.to(device)
             with torch.autocast(device_type=device.type, dtype=torch.bfloat16, enabled=amp):

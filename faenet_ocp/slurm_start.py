@@ -3,8 +3,9 @@
     python -IS slurm_start.py -m submitit.core._submit FOLDER
 
 Until submitit has its handler in place, which takes seconds of imports, SIGUSR2 would kill the rank and with it the
-job, for good. From here on the signal is blocked: it waits until `slurm_job.py` looks for it. A blocked signal also
-leaves in peace what the run starts itself (loader workers, the W&B service), which SLURM signals too.
+job, for good. From here on SIGUSR2 and SIGTERM are blocked: they wait until `slurm_job.py` looks for them. SLURM sends
+them to every process of a job; blocked, they also leave in peace what the rank starts itself, above all its loader
+workers, without which it could not reach the end of a step.
 """
 
 import os
@@ -13,8 +14,8 @@ import sys
 
 
 def main() -> None:
-    """Blocks SIGUSR2, repairs submitit's files after a kill, and becomes `python` with the given arguments."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
+    """Blocks the signals, repairs submitit's files after a kill, and becomes `python` with the given arguments."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2, signal.SIGTERM})
     repair(sys.argv[-1], _job(), os.environ.get("SLURM_PROCID", "0"))
     os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
 

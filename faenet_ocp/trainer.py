@@ -16,14 +16,17 @@ import yaml
 from fairchem.core.common import distutils
 from fairchem.core.common.registry import registry
 from fairchem.core.components.runner import Runner
+from fairchem.core.launchers.api import SchedulerType
 from torch import nn
 from torch.utils.data import Dataset
 
 from faenet_ocp import build
+from faenet_ocp.bad_samples import BadSamples
 from faenet_ocp.checkpoint import load_checkpoint, load_weights
 from faenet_ocp.config import Config, SourceConfig, build_config, nearest
 from faenet_ocp.evaluation import UNITS, RunInfo, build_results, write_json, write_text
 from faenet_ocp.loader import EvalBatchSampler, make_loader
+from faenet_ocp.local_ranks import rank_errors, stop_signals
 from faenet_ocp.plots import plot_learning_curve, plot_parity
 from faenet_ocp.prediction import predict_split
 from faenet_ocp.references import CompositionFit
@@ -135,6 +138,7 @@ class OCPRunner(Runner):
         self.config = build_config(yaml.safe_load(Path(config_path).read_text()))
         self.mode, self.checkpoint = mode, checkpoint
         self._datasets: dict[str, Dataset] = {}
+        self._training: TrainingRun | None = None
 
     def load_state(self, checkpoint_location: str | None) -> None:
         """Nothing to do: a run goes on from the newest checkpoint in its folder."""
@@ -143,10 +147,36 @@ class OCPRunner(Runner):
         """False: there is no state beside the run's checkpoints, which `run` finds itself."""
         return False
 
+    def stop_soon(self) -> bool:
+        """Asks training to save and to stop after the present step, on all ranks; may be called from any thread.
+
+        Returns:
+            whether there is something to stop: not before the first step.
+        """
+        unit = getattr(self._training, "unit", None)
+        if unit is None:
+            return False
+        unit.stop_requested = True
+        return True
+
     def run(self) -> None:
         """Trains if asked to, then evaluates or predicts and writes the results."""
+        with rank_errors():
+            if self.job_config.scheduler.mode != SchedulerType.LOCAL:  # SLURM has its own way of asking for an end
+                self._run()
+                return
+            with stop_signals(self._stop):
+                self._run()
+
+    def _stop(self, status: int) -> None:
+        if self._training is None or not self._training.request_stop(status):
+            logging.warning("stopped")
+            raise SystemExit(status)
+
+    def _run(self) -> None:
         if self.mode == "train":
-            TrainingRun(self).run()
+            self._training = TrainingRun(self)
+            self._training.run()
             return
         state = load_checkpoint(str(self.checkpoint))
         model, tasks = self.load_model(state)
@@ -209,7 +239,7 @@ class OCPRunner(Runner):
             rank=distutils.get_rank(),
             world_size=distutils.get_world_size(),
         )
-        loader = make_loader(dataset, sampler, num_workers=optim.num_workers)
+        loader = make_loader(dataset, sampler, num_workers=optim.num_workers, context=optim.worker_context)
         return run_split(
             model,
             tasks,
@@ -219,6 +249,17 @@ class OCPRunner(Runner):
             fit=fit,
             amp=self.config.job.amp,
             conservative=self._conservative,
+            bad_samples=self.bad_samples(split, len(dataset)),  # type: ignore[arg-type]
+        )
+
+    def bad_samples(self, split: str, total: int) -> BadSamples:
+        """What to do with the samples of a split that cannot be used."""
+        dataset = self.config.dataset
+        return BadSamples(
+            split,
+            total,
+            max_share=dataset.max_bad_share if dataset.on_bad_sample == "skip" else None,
+            path=self.folder / "bad_samples.jsonl",
         )
 
     def predict(self, model: nn.Module, tasks: list[Any]) -> None:
@@ -229,7 +270,7 @@ class OCPRunner(Runner):
         """
         optim, world = self.config.optim, distutils.get_world_size()
         settings = self.config.model_dump_json(
-            exclude={"job": {"num_gpus", "num_nodes", "cpu", "run_dir", "identifier"}}
+            exclude={"slurm": True, "job": {"num_gpus", "num_nodes", "cpu", "run_dir", "identifier"}}
         )
         digest = hashlib.sha256(Path(str(self.checkpoint)).read_bytes() + settings.encode()).hexdigest()
         for split, source in (self.config.dataset.test or self.config.dataset.val).items():
@@ -241,7 +282,9 @@ class OCPRunner(Runner):
                 dataset,
                 path,
                 key=digest[:12],
-                make_loader=partial(make_loader, dataset, num_workers=optim.num_workers),
+                make_loader=partial(
+                    make_loader, dataset, num_workers=optim.num_workers, context=optim.worker_context
+                ),
                 batch_size=max(1, (optim.eval_batch_size or optim.batch_size) // world),
                 amp=self.config.job.amp,
                 conservative=self._conservative,

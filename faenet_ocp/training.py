@@ -1,30 +1,38 @@
 """One training run on one rank: label statistics, the loop, checkpoints, early and final evaluation."""
 
-import contextlib
 import json
 import logging
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from fairchem.core.common import distutils
-from fairchem.core.launchers.api import SchedulerType
+from numpy.typing import NDArray
 from torch.utils.data import Dataset, Sampler
 from torchtnt.framework import State, train
 from torchtnt.framework.callback import Callback
 from tqdm import tqdm
 
 from faenet_ocp import build
-from faenet_ocp.checkpoint import load_checkpoint, load_newest, load_weights, save_checkpoint, save_step
+from faenet_ocp.bad_samples import BadSample, Key
+from faenet_ocp.checkpoint import (
+    load_checkpoint,
+    load_newest,
+    load_weights,
+    remove_leftovers,
+    save_checkpoint,
+    save_step,
+    step_checkpoints,
+)
 from faenet_ocp.config import SourceConfig
 from faenet_ocp.evaluation import write_json
-from faenet_ocp.loader import Key, TrainBatchSampler, even_slice, make_loader
+from faenet_ocp.loader import TrainBatchSampler, empty_batch, even_slice, make_loader
 from faenet_ocp.loggers import MetricLogger
-from faenet_ocp.references import CompositionFit, CompositionRegression
+from faenet_ocp.references import NUM_ELEMENTS, CompositionFit, CompositionRegression
 from faenet_ocp.tasks import SummedLoss, load_tasks_state, make_tasks, needs_fit, tasks_state
 from faenet_ocp.unit import OCPTrainUnit
 
@@ -44,7 +52,7 @@ class TrainingRun:
         self.best: dict[str, Any] = {"value": None, "step": None}
         self.epoch_seconds: list[float] = []
         self.pending_evaluation = False
-        self.stop_code = 0
+        self.stepping, self.stop_code = False, 128 + signal.SIGTERM
         self.logger: MetricLogger | None = None
 
     def run(self) -> None:
@@ -62,9 +70,16 @@ class TrainingRun:
             rank=distutils.get_rank(),
             world_size=distutils.get_world_size(),
             num_chunks=optim.grad_accumulation,
+            sizes=self._sizes(dataset) if optim.balance == "atoms" else None,
         )
         loader = make_loader(
-            dataset, sampler, num_workers=optim.num_workers, num_chunks=optim.grad_accumulation, persistent=True
+            dataset,
+            sampler,
+            num_workers=optim.num_workers,
+            num_chunks=optim.grad_accumulation,
+            persistent=True,
+            context=optim.worker_context,
+            pin_memory=not config.job.cpu,
         )
         self.tasks = make_tasks(config, self.fit)
         self.unit = OCPTrainUnit(
@@ -77,6 +92,8 @@ class TrainingRun:
             amp=config.job.amp,
             print_every=config.job.print_every,
             failures=self.folder / "failures",
+            bad_samples=self.runner.bad_samples("train", len(dataset)),  # type: ignore[arg-type]
+            make_empty=lambda: empty_batch(dataset),
         )
         self._resume()
         if distutils.is_master():
@@ -86,44 +103,36 @@ class TrainingRun:
                 identifier=self.folder.name,
                 config=config.model_dump(mode="json"),
                 step=self.unit.train_progress.num_steps_completed,
+                lenient=optim.on_write_error == "warn",
             )
         if self.pending_evaluation:  # the run ended between the end of an epoch and its evaluation
             self.evaluate_and_save()
+        self.stepping = True
         try:
-            with self._signals():
-                train(
-                    self.unit, loader, max_epochs=optim.max_epochs, max_steps=optim.max_steps, callbacks=[_Hooks(self)]
-                )
+            train(self.unit, loader, max_epochs=optim.max_epochs, max_steps=optim.max_steps, callbacks=[_Hooks(self)])
         finally:
+            self.stepping = False
             if self.logger is not None:
                 self.logger.close()
         self._final_report()
 
-    def request_stop(self, signum: int) -> None:
-        """Stops after the present step, with a checkpoint; all ranks stop at the same step.
+    def request_stop(self, status: int) -> bool:
+        """Asks for a checkpoint after the present step and an end with this exit status, on all ranks.
 
-        A second request stops at once: the last checkpoint is whole, as every checkpoint is.
+        Returns:
+            False when there is no step to wait for and nothing to save: before and after training, and while it is
+            interrupted by an evaluation, with which the run will go on.
         """
-        if self.unit.stop_requested:
-            raise SystemExit(128 + signum)
-        self.unit.stop_requested, self.stop_code = True, 128 + signum
-        logging.warning("%s: stopping after this step; once more stops at once", signal.Signals(signum).name)
-
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Ctrl-C and SIGTERM save before the run ends; SLURM has its own way of asking."""
-        if self.runner.job_config.scheduler.mode != SchedulerType.LOCAL:
-            yield
-            return
-        handled = (signal.SIGINT, signal.SIGTERM)
-        before = [signal.signal(signum, lambda number, _: self.request_stop(number)) for signum in handled]
-        try:
-            yield
-        finally:
-            for signum, handler in zip(handled, before, strict=True):
-                signal.signal(signum, handler)
+        if not self.stepping:
+            return False
+        self.unit.stop_requested, self.stop_code = True, status
+        if distutils.is_master():
+            logging.warning("stopping after this step; the same signal again stops at once")
+        return True
 
     def _resume(self) -> None:
+        if distutils.is_master():
+            remove_leftovers(self.checkpoints)
         found = load_newest(self.checkpoints)
         if found is None:
             if self.runner.checkpoint is not None:
@@ -162,17 +171,41 @@ class TrainingRun:
 
     def save(self) -> None:
         """Saves the periodic checkpoint of the present step (first rank; the others wait)."""
+        step, keep = self.unit.train_progress.num_steps_completed, self.config.optim.keep_checkpoints
+        self._write(lambda: save_step(self.checkpoints, step, self.state(), keep=keep))
+
+    def _write(self, write: Callable[[], object]) -> None:
+        """Writes on the first rank; all ranks learn whether it could.
+
+        Raises:
+            OSError: it could not, and the run is to stop then.
+        """
+        reason: list[str | None] = [None]
         if distutils.is_master():
-            step = self.unit.train_progress.num_steps_completed
-            save_step(self.checkpoints, step, self.state(), keep=self.config.optim.keep_checkpoints)
-        distutils.synchronize()
+            try:
+                write()
+            except OSError as error:
+                reason[0] = f"{error.strerror or error}, {error.filename or self.checkpoints}"
+        if distutils.get_world_size() > 1:
+            dist.broadcast_object_list(reason, src=0, group=self.unit.cpu_group)
+        if reason[0] is None:
+            return
+        newest = step_checkpoints(self.checkpoints)
+        message = f"a checkpoint could not be written: {reason[0]}; the newest is {newest[-1] if newest else 'none'}"
+        if self.config.optim.on_write_error == "stop":
+            raise OSError(message)
+        if distutils.is_master():
+            logging.warning("%s. Going on without", message)
 
     def evaluate_and_save(self) -> None:
         """Saves, evaluates, and saves again: a run that ends in between evaluates first when it goes on."""
-        self.pending_evaluation = True
+        self.pending_evaluation, stepping = True, self.stepping
         self.save()
+        self.stepping = False
+        if self.unit.stop_requested:  # the signal came while saving
+            raise SystemExit(self.stop_code)
         self.evaluate()
-        self.pending_evaluation = False
+        self.pending_evaluation, self.stepping = False, stepping
         self.save()
 
     def evaluate(self) -> None:
@@ -191,9 +224,7 @@ class TrainingRun:
         logging.info("step %d: %s: %s", step, primary.metric, shown)
         if self._is_best(value):
             self.best = {"value": value, "step": step}
-            if distutils.is_master():
-                save_checkpoint(self.checkpoints / "best.pt", self.state())
-        distutils.synchronize()
+            self._write(lambda: save_checkpoint(self.checkpoints / "best.pt", self.state()))
 
     def _is_best(self, value: float) -> bool:
         best = self.best["value"]
@@ -242,18 +273,41 @@ class TrainingRun:
         chosen = (np.arange(used) * total) // used
         mine = chosen[even_slice(used, distutils.get_world_size(), distutils.get_rank())]
         batches = [[(0, int(i)) for i in mine[start : start + 512]] for start in range(0, len(mine), 512)]
+        optim = self.config.optim
         loader = make_loader(
-            dataset, _Listed(batches), num_workers=self.config.optim.num_workers, collate_fn=_labels_only
+            dataset,
+            _Listed(batches),
+            num_workers=optim.num_workers,
+            context=optim.worker_context,
+            collate_fn=_labels_only,
         )
-        regression = CompositionRegression()
+        regression, num_bad = CompositionRegression(), 0
+        bad_samples = self.runner.bad_samples("train", total)
         hidden = None if distutils.is_master() else True
-        for composition, energy in tqdm(loader, desc="label statistics", unit="batch", leave=False, disable=hidden):
+        bar = tqdm(loader, desc="label statistics", unit="batch", leave=False, disable=hidden)
+        for composition, energy, bad in bar:
+            bad_samples.note(bad)
+            num_bad += len(bad)
             regression.update(composition, energy)
         if distutils.get_world_size() > 1:
-            sums = regression.sums.to(distutils.get_device_for_local_rank())
+            sums = torch.cat([regression.sums, torch.tensor([float(num_bad)]).double()])
+            sums = sums.to(distutils.get_device_for_local_rank())
             dist.all_reduce(sums)
-            regression.sums = sums.cpu()
+            regression.sums, num_bad = sums[:-1].cpu(), int(sums[-1])
+        bad_samples.add(num_bad)
         return regression
+
+    def _sizes(self, dataset: Dataset) -> NDArray[np.integer]:
+        """Atoms of every training sample: the first rank looks at all if need be, the others take it from there."""
+        natoms = getattr(dataset, "natoms", None)
+        if natoms is None:
+            raise ValueError("optim.balance: atoms: the data set does not know its sizes (it has no method natoms)")
+        options = {"bad": 0} if self.config.dataset.on_bad_sample == "skip" else {}
+        for first in (True, False):
+            if distutils.is_master() == first:
+                sizes = natoms(**options)
+            distutils.synchronize()
+        return sizes
 
 
 class _Hooks(Callback):
@@ -294,8 +348,9 @@ class _Hooks(Callback):
 
     def _stop_if_asked(self, unit: Any) -> None:
         if unit.stopping:
-            logging.warning("stopped; the same command goes on from %s", self.run.checkpoints / "last.pt")
-            raise SystemExit(self.run.stop_code or 128 + signal.SIGTERM)
+            if distutils.is_master():
+                logging.warning("stopped; the same command goes on from %s", self.run.checkpoints / "last.pt")
+            raise SystemExit(self.run.stop_code)
 
 
 class _Listed(Sampler[list[Key]]):
@@ -309,5 +364,8 @@ class _Listed(Sampler[list[Key]]):
         return len(self.batches)
 
 
-def _labels_only(samples: list[Any], num_chunks: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.cat([s.composition for s in samples]), torch.cat([s.energy for s in samples])
+def _labels_only(samples: list[Any], num_chunks: int = 1) -> tuple[torch.Tensor, torch.Tensor, list[BadSample]]:
+    good = [sample for sample in samples if not isinstance(sample, BadSample)]
+    composition = torch.cat([s.composition for s in good] or [torch.empty(0, NUM_ELEMENTS)])
+    energy = torch.cat([s.energy for s in good] or [torch.empty(0)])
+    return composition, energy, [sample for sample in samples if isinstance(sample, BadSample)]

@@ -1,5 +1,6 @@
 """Runs a model over splits: metrics, baselines, predictions and throughput, exact on any number of ranks."""
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from faenet_ocp.bad_samples import BadSamples
 from faenet_ocp.evaluation import BaselineMetrics, EnergyMetrics, ForceMetrics
 from faenet_ocp.references import CompositionFit
 from faenet_ocp.tasks import conservative_outputs, to_physical
@@ -27,11 +29,13 @@ class SplitOutcome:
     """What one split gave.
 
     Attributes:
-        metrics: by name; empty for a split without labels.
+        metrics: by name; empty for a split without labels. `frames_per_system` is 1 plus what canonical frames that
+            were not unique (or full frames) add.
         baselines: by row and name; empty without training statistics.
         predictions: on the first rank, in the order of the data set: `ids` (str), `energy` (eV), `energy_target`.
         forces: pairs of predicted and labelled forces (M, 3) of the first free atoms, for a plot; empty without forces.
         num_systems: over all ranks.
+        num_bad_samples: left out because they could not be used, over all ranks.
         forward_seconds: in the model's forward pass, the slowest rank's; without the first batch where there are more.
         forward_systems: systems that `forward_seconds` stands for, over all ranks.
         seconds: wall time with loading.
@@ -42,6 +46,7 @@ class SplitOutcome:
     predictions: dict[str, np.ndarray] = field(default_factory=dict)
     forces: tuple[np.ndarray, np.ndarray] | None = None
     num_systems: int = 0
+    num_bad_samples: int = 0
     forward_seconds: float = 0.0
     forward_systems: int = 0
     seconds: float = 0.0
@@ -58,6 +63,7 @@ def run_split(
     fit: CompositionFit | None = None,
     amp: bool = False,
     conservative: bool = False,
+    bad_samples: BadSamples | None = None,
 ) -> SplitOutcome:
     """Predicts every system of a split once.
 
@@ -70,19 +76,26 @@ def run_split(
         fit: statistics of the training set, for the baselines.
         amp: bfloat16 autocast.
         conservative: forces are -dE/dX instead of the predicted ones.
+        bad_samples: what to do with samples that cannot be used (default: an error).
 
     Raises:
-        ValueError: no systems, or predictions or labels that are not finite.
+        ValueError: no systems, too many bad samples, or predictions or labels that are not finite.
     """
     device = torch.device(distutils.get_device_for_local_rank())
     collected = _Collector(tasks, labelled, fit)
+    bad_samples = bad_samples or BadSamples(split, 0)
     training = model.training
     model.eval()
     start = time.perf_counter()
     try:
         bar = tqdm(loader, desc=split, unit="batch", leave=False, disable=None if distutils.is_master() else True)
         for batches in bar:
+            bad = getattr(batches, "bad", [])
+            bad_samples.note(bad)
+            collected.leave_out(batches)
             for batch in batches:
+                if batch is None:
+                    continue
                 batch = batch.to(device)
                 _synchronize(device)
                 before = time.perf_counter()
@@ -92,7 +105,11 @@ def run_split(
                 collected.add(batch, to_physical(tasks, outputs, batch), time.perf_counter() - before)
     finally:
         model.train(training)
-    return collected.outcome(split, time.perf_counter() - start)
+    outcome = collected.outcome(split, time.perf_counter() - start)
+    bad_samples.add(outcome.num_bad_samples)
+    if outcome.num_bad_samples and distutils.is_master():
+        logging.warning("%s: %d samples could not be used and were left out", split, outcome.num_bad_samples)
+    return outcome
 
 
 class _Collector:
@@ -108,12 +125,23 @@ class _Collector:
         self.forward: list[tuple[float, int]] = []
         self.plotted: list[tuple[Tensor, Tensor]] = []
         self.num_plotted = 0
+        self.num_frames = 0
+        self.places: list[np.ndarray] = []
+        self.num_seen = self.num_bad = 0
+
+    def leave_out(self, batches: Sequence[AtomicData | None]) -> None:
+        """Notes which of the samples asked for the next batches hold: their places in this rank's share."""
+        bad = len(getattr(batches, "bad", ()))
+        count = bad + sum(len(batch.natoms) for batch in batches if batch is not None)
+        self.places.append(self.num_seen + np.array(getattr(batches, "kept", range(count)), dtype=np.int64))
+        self.num_seen, self.num_bad = self.num_seen + count, self.num_bad + bad
 
     def add(self, batch: AtomicData, predictions: dict[str, Tensor], seconds: float) -> None:
         energy = predictions["energy"].double().cpu()
         target = batch.energy.double().cpu() if self.labelled else None
         self.rows.append((list(batch.sid), energy.numpy(), None if target is None else target.numpy()))
         self.forward.append((seconds, len(energy)))
+        self.num_frames += int((batch.frame_weight > 0).sum()) if "frame_weight" in batch else len(energy)
         if target is None:
             return
         self.energy.update(energy, target)
@@ -134,21 +162,23 @@ class _Collector:
                 self.num_plotted += len(self.plotted[-1][0])
 
     def outcome(self, split: str, seconds: float) -> SplitOutcome:
-        for sums in (self.energy, self.forces, self.baselines):
-            if sums is not None and self.labelled:
-                sums.sums = _reduce(sums.sums, "sum")
+        for collector in (self.energy, self.forces, self.baselines):
+            if collector is not None and self.labelled:
+                collector.sums = _reduce(collector.sums, "sum")
         counted = self.forward[1:] if len(self.forward) > 1 else self.forward
-        totals = _reduce(torch.tensor([sum(n for _, n in self.forward), sum(n for _, n in counted)]).double(), "sum")
+        sums = [sum(n for _, n in self.forward), sum(n for _, n in counted), self.num_frames, self.num_bad]
+        totals = _reduce(torch.tensor(sums).double(), "sum")
         times = _reduce(torch.tensor([sum(s for s, _ in counted), seconds]).double(), "max")
         result = SplitOutcome(
-            predictions=_gather(self.rows),
+            predictions=_gather(self.rows, self.places),
             num_systems=int(totals[0]),
+            num_bad_samples=int(totals[3]),
             forward_systems=int(totals[1]),
             forward_seconds=float(times[0]),
             seconds=float(times[1]),
         )
         if self.labelled:
-            result.metrics = self.energy.compute(split)
+            result.metrics = self.energy.compute(split) | {"frames_per_system": float(totals[2] / totals[0])}
             if self.forces is not None:
                 result.metrics |= self.forces.compute(split)
                 if self.plotted:
@@ -173,9 +203,12 @@ def _reduce(values: Tensor, how: str) -> Tensor:
     return values.cpu()
 
 
-def _gather(rows: list[tuple[list[str], np.ndarray, np.ndarray | None]]) -> dict[str, np.ndarray]:
+def _gather(
+    rows: list[tuple[list[str], np.ndarray, np.ndarray | None]], places: list[np.ndarray]
+) -> dict[str, np.ndarray]:
     """Predictions of all ranks on the first one, in the order of the data (rank r has the samples r, r + w, ...)."""
     mine: dict[str, Any] = {"ids": np.array([sid for sids, _, _ in rows for sid in sids])}
+    mine["place"] = np.concatenate([*places, np.empty(0, np.int64)]) * distutils.get_world_size() + distutils.get_rank()
     mine["energy"] = np.concatenate([energy for _, energy, _ in rows]) if rows else np.empty(0)
     targets = [target for _, _, target in rows if target is not None]
     if targets:
@@ -183,11 +216,6 @@ def _gather(rows: list[tuple[list[str], np.ndarray, np.ndarray | None]]) -> dict
     parts = [part for part in distutils.gather_objects(mine) or [] if len(part["ids"])]
     if not parts:
         return {}
-    total = sum(len(part["ids"]) for part in parts)
-    joined = {}
-    for name in parts[0]:
-        width = np.result_type(*[part[name] for part in parts])
-        joined[name] = np.empty(total, dtype=width)
-        for rank, part in enumerate(parts):
-            joined[name][rank :: len(parts)] = part[name]
-    return joined
+    joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    order = np.argsort(joined.pop("place"))
+    return {name: values[order] for name, values in joined.items()}

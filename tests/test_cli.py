@@ -132,6 +132,8 @@ def test_canonical_frames_in_evaluation(trained: Path, tmp_path: Path) -> None:
         assert main([*arguments, "--identifier", method, f"--frames.eval_method={method}"]) == 0
         results = json.loads((tmp_path / method / "results" / "metrics.json").read_text())
         assert results["run"]["frames"]["method"] == method
+        for metrics in results["splits"].values():
+            assert metrics["frames_per_system"] == {"canonical": 1, "full": 2}[method]
 
 
 def test_predictions(trained: Path, tmp_path: Path) -> None:

@@ -57,7 +57,11 @@ def test_layout_of_a_shard(tmp_path: Path) -> None:
 
 def test_data_is_pickled_in_the_pyg_2_layout(tmp_path: Path) -> None:
     record = Data(
-        pos=torch.arange(6.0).view(2, 3), natoms=2, sid=7, y_relaxed=-1.25, tags=torch.tensor([1, 2])
+        pos=torch.arange(6.0).view(2, 3),
+        natoms=2,
+        sid=7,
+        y_relaxed=-1.25,
+        tags=torch.tensor([1, 2]),
     )
     with LmdbShardWriter(tmp_path / "data.lmdb") as writer:
         writer.append(record)

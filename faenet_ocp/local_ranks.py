@@ -1,0 +1,158 @@
+"""Ranks on this machine: starting them, stopping them by signals, and saying why they failed.
+
+One rank runs in this process, more as children of it under torch elastic. SIGINT and SIGTERM ask for a checkpoint and
+an orderly end; the same signal again ends the run at once:
+
+| who | SIGINT (Ctrl-C) | SIGTERM | SIGUSR1 |
+| --- | --- | --- | --- |
+| the only rank | stop | stop | - |
+| this process, with several ranks | passed on as SIGUSR1 | passed on as SIGUSR1 | - |
+| each of several ranks | stop if the parent is gone, else nothing | stop | stop |
+
+Ctrl-C in a terminal and tools like `timeout` signal all processes of a group, so that ranks would see the signal and
+its passed-on form: two different signals, and only a repeated one means haste.
+"""
+
+import contextlib
+import logging
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+_STOP = (signal.SIGINT, signal.SIGTERM)
+_PASSED_ON = signal.SIGUSR1
+WRONG_INPUT = 2
+"""Exit status after a ValueError: configuration or data are at fault."""
+
+
+class RunError(RuntimeError):
+    """A run that began and failed; the message says why and the log has the details."""
+
+
+def launch(config: "DictConfig") -> None:
+    """Runs fairchem's job: in this process for one rank, through torch elastic for more.
+
+    Raises:
+        ValueError, OSError, ...: whatever the only rank raised.
+        ValueError: of several ranks, the first to fail had a ValueError.
+        RunError: the first of several ranks to fail had another error, or died.
+        SystemExit: stopped by a signal, status 128 + its number.
+    """
+    from fairchem.core.common import distutils
+    from fairchem.core.launchers.slurm_launch import local_launch
+
+    if config.job.scheduler.ranks_per_node > 1:
+        _launch_ranks(config)
+        return
+    try:
+        local_launch(config, config.job.metadata.log_dir)
+    finally:
+        distutils.cleanup()
+
+
+def _launch_ranks(config: "DictConfig") -> None:
+    from fairchem.core.launchers.slurm_launch import runner_wrapper
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.utils.distributed import get_free_port
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    settings = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=config.job.scheduler.ranks_per_node,
+        rdzv_backend="c10d",
+        rdzv_endpoint=f"127.0.0.1:{get_free_port()}",
+        max_restarts=0,
+        signals_to_handle="SIGHUP,SIGQUIT",  # elastic would kill the ranks after 30 s: too few for a step and a save
+    )
+    # Each rank has logged its own error, and what elastic adds is no help.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    received: list[int] = []
+
+    def pass_on(signum: int, _frame: FrameType | None) -> None:
+        received.append(signum)
+        for rank in multiprocessing.active_children():
+            if rank.pid is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(rank.pid, _PASSED_ON)
+
+    failure: Exception | None = None
+    with _handlers(dict.fromkeys(_STOP, pass_on)):
+        try:
+            elastic_launch(settings, runner_wrapper)(config)
+        except ChildFailedError as error:
+            failure = _explain(error)
+    if received:
+        raise SystemExit(128 + received[0])
+    if failure is not None:
+        raise failure
+
+
+def _explain(error: Any) -> Exception:
+    """The first failure of a rank as an error of this process."""
+    rank, failure = error.get_first_failure()
+    if failure.exitcode > 128:
+        raise SystemExit(failure.exitcode)  # the rank itself was asked to stop
+    if failure.exitcode < 0:
+        return RunError(f"rank {rank} (process {failure.pid}) was killed by {signal.Signals(-failure.exitcode).name}")
+    message = f"rank {rank}: {failure.message}"
+    return ValueError(message) if failure.exitcode == WRONG_INPUT else RunError(message)
+
+
+@contextlib.contextmanager
+def rank_errors() -> Iterator[None]:
+    """Around the work of a rank: under torch elastic, notes the error for `launch`, logs it, and ends the process."""
+    if "TORCHELASTIC_ERROR_FILE" not in os.environ:
+        yield
+        return
+    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+    try:
+        yield
+    except Exception as error:
+        get_error_handler().record_exception(error)
+        if isinstance(error, ValueError):
+            raise SystemExit(WRONG_INPUT) from error
+        logging.exception("rank %s failed", os.environ.get("RANK"))
+        raise SystemExit(1) from error
+
+
+@contextlib.contextmanager
+def stop_signals(stop: Callable[[int], None]) -> Iterator[None]:
+    """Around the work of a rank: the first signal calls `stop`, the same one again ends the work by SystemExit.
+
+    `stop` is given the exit status: 128 + the signal's number, or 0 where the parent knows it. It may raise SystemExit.
+    """
+    parent, seen = os.getppid(), set[int]()
+    under_elastic = "TORCHELASTIC_RUN_ID" in os.environ
+
+    def handle(signum: int, _frame: FrameType | None) -> None:
+        if under_elastic and signum == signal.SIGINT and os.getppid() == parent:
+            return  # Ctrl-C: the parent has it too; when the parent dies, its ranks get SIGINT from the kernel
+        status = 0 if signum == _PASSED_ON else 128 + signum
+        first, again = not seen, signum in seen
+        seen.add(signum)
+        if again:
+            raise SystemExit(status)
+        if first:
+            stop(status)
+
+    signals = (*_STOP, _PASSED_ON) if under_elastic else _STOP
+    with _handlers(dict.fromkeys(signals, handle)):
+        yield
+
+
+@contextlib.contextmanager
+def _handlers(handlers: dict[signal.Signals, Callable[[int, FrameType | None], None]]) -> Iterator[None]:
+    before = {signum: signal.signal(signum, handler) for signum, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)

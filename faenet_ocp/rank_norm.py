@@ -1,0 +1,63 @@
+"""Norm layers whose training statistics are those of the global batch, on any number of ranks.
+
+On one rank they are the layers that they derive from; so they are when evaluating, where nothing is shared between
+ranks. State dicts are the parents'. Sums over ranks are differentiable: the gradient of a rank's input holds the part
+of every rank's loss.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from fairchem.core.common import distutils
+from torch import Tensor, nn
+from torch_geometric.nn.norm import GraphNorm
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """x summed over all ranks. All ranks call it equally often, in the same order, forwards and backwards."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.contiguous().clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return _SumOverRanks.apply(grad)
+
+
+def _mean_over_ranks(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean of the rows of x on all ranks, (C,), and their number, (); a rank may have none."""
+    sums = _SumOverRanks.apply(torch.cat([x.sum(dim=0), x.new_full((1,), float(len(x)))]))
+    count = sums[-1].detach().clamp(min=1)
+    return sums[:-1] / count, count
+
+
+class RankBatchNorm(nn.BatchNorm1d):
+    """BatchNorm over the rows (M, C) of all ranks; the running statistics are the same on each."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or distutils.get_world_size() == 1:
+            return super().forward(x)
+        mean, count = _mean_over_ranks(x)
+        # From centred values: the difference of two large means would lose digits.
+        var, _ = _mean_over_ranks((x - mean).square())
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)
+            self.running_var.lerp_((var * count / (count - 1).clamp(min=1)).to(self.running_var), self.momentum)
+        return (x - mean) * torch.rsqrt(var + self.eps) * self.weight + self.bias
+
+
+class RankGraphNorm(GraphNorm):
+    """GraphNorm; without systems (`batch` None) it normalises over all atoms of the batch, here of all ranks."""
+
+    def forward(self, x: Tensor, batch: Tensor | None = None, batch_size: int | None = None) -> Tensor:
+        if batch is not None or not self.training or distutils.get_world_size() == 1:
+            return super().forward(x, batch, batch_size)
+        mean, _ = _mean_over_ranks(x)
+        out = x - mean * self.mean_scale
+        var, _ = _mean_over_ranks(out.square())
+        return self.weight * out / (var + self.eps).sqrt() + self.bias
