@@ -19,6 +19,9 @@ _PUBLIC = {
     "OC20LmdbDataset": "faenet_ocp.lmdb_dataset",
     "register_transform": "faenet_ocp.transforms",
     "FAENetTrainer": "faenet_ocp.trainer",
+    "FAENetCalculator": "faenet_ocp.calculator",
+    "Predictor": "faenet_ocp.calculator",
+    "relax": "faenet_ocp.relaxation",
     "load_checkpoint": "faenet_ocp.checkpoint",
 }
 __all__ = list(_PUBLIC)

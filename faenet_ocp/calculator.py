@@ -140,8 +140,8 @@ class Predictor:
         try:
             return self.sample(atoms)
         except ValueError as error:
-            name = atoms.get_chemical_formula() + (f" (sid {atoms.info['sid']})" if "sid" in atoms.info else "")
-            raise ValueError(f"{name}: {error}") from error
+            name = f" (sid {atoms.info['sid']})" if "sid" in atoms.info else ""
+            raise ValueError(f"structure of {len(atoms)} atoms{name}: {error}") from error
 
     def sample(self, atoms: Atoms) -> AtomicData:
         """Structure to model input, as the data set makes it of a record.

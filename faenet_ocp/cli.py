@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -12,6 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 
+from faenet_ocp import local_ranks
+
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
@@ -19,6 +22,12 @@ if TYPE_CHECKING:
     from faenet_ocp.trainer import FAENetTrainer
 
 _JOB_FLAGS = ("run_dir", "identifier", "seed", "num_gpus", "num_nodes", "cpu", "amp", "debug", "print_every")
+_HARMLESS_KEYS = (
+    r"logger\b|slurm\b|evaluation_metrics\.metrics\b|dataset\.test\b"
+    r"|job\.(run_dir|identifier|num_gpus|num_nodes|cpu|debug|print_every)$"
+    r"|optim\.(num_workers|worker_context|balance|eval_batch_size|checkpoint_every|keep_checkpoints|on_write_error)$"
+)
+"""What a run may go on with and still end where it would have, but for rounding; all else changes the results."""
 _SLURM_FLAGS = ("partition", "account", "qos", "time", "mem_gb", "cpus_per_task")
 
 
@@ -75,17 +84,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line.
 
     Returns:
-        exit status: 0 done, 2 wrong arguments, configuration or input (one message on stderr).
+        exit status: 0 done, 1 failed on the way, 2 wrong arguments, configuration or input (one message on stderr).
+
+    Raises:
+        SystemExit: stopped by a signal; 130 after Ctrl-C, 143 after SIGTERM.
     """
     flags, overrides = make_parser().parse_known_args(argv)
     _set_up_logging()
     try:
         return _run(flags, overrides)
-    except ValueError as error:
+    except (ValueError, OSError, FloatingPointError, local_ranks.RunError) as error:
         if flags.debug:
             raise
         sys.stderr.write(f"error: {error}\n")
-        return 2
+        return local_ranks.WRONG_INPUT if isinstance(error, ValueError) else 1
 
 
 def _run(flags: argparse.Namespace, overrides: Sequence[str]) -> int:
@@ -134,7 +146,7 @@ def _prepare_sweep(raw: dict[str, Any], flags: argparse.Namespace) -> list[_Run]
 
 def _run_here(run: _Run, mode: str) -> int:
     _write_configs(run, mode)
-    _launch(_canonical(run.trainer.build(run.folder)))
+    local_ranks.launch(_canonical(run.trainer.build(run.folder)))
     return _show(run.folder, mode)
 
 
@@ -234,12 +246,20 @@ def _write_configs(run: _Run, mode: str) -> None:
 
 
 def _write_config(path: Path, content: dict[str, Any]) -> None:
-    """Writes the resolved configuration; where a run goes on, says which keys changed."""
+    """Writes the resolved configuration; where a run goes on, says which keys changed and which of them matter."""
     if path.is_file():
         before, now = _flat(yaml.safe_load(path.read_text())), _flat(content)
         for key in sorted(set(before) | set(now)):
             if before.get(key) != now.get(key):
-                logging.warning("%s: the run began with %r, goes on with %r", key, before.get(key), now.get(key))
+                matters = not re.match(_HARMLESS_KEYS, key)
+                logging.log(
+                    logging.WARNING if matters else logging.INFO,
+                    "%s: the run began with %r, goes on with %r (%s)",
+                    key,
+                    before.get(key),
+                    now.get(key),
+                    "changes the results" if matters else "changes nothing but how it runs",
+                )
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     temporary.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
@@ -266,17 +286,6 @@ def _canonical(job_and_runner: dict[str, Any]) -> "DictConfig":
     os.makedirs(config.job.metadata.log_dir, exist_ok=True)
     OmegaConf.save(config, config.job.metadata.config_path)
     return config
-
-
-def _launch(config: "DictConfig") -> None:
-    """Hands over to fairchem: in this process for one rank, through torch elastic for more."""
-    from fairchem.core.common import distutils
-    from fairchem.core.launchers.slurm_launch import local_launch
-
-    try:
-        local_launch(config, config.job.metadata.log_dir)
-    finally:
-        distutils.cleanup()
 
 
 def _show(folder: Path, mode: str) -> int:

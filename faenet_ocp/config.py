@@ -130,8 +130,8 @@ class OptimConfig(_Section):
 
     `batch_size` counts systems over all ranks and accumulation steps. Up to `skip_nonfinite` steps whose gradient is
     not finite are left out (and kept in `failures/`) before the run stops. A checkpoint is saved at every evaluation
-    and after every `checkpoint_every` steps. A checkpoint or metric that cannot be written (disk full, folder gone) ends
-    the run, or with `on_write_error: warn` is left out.
+    and after every `checkpoint_every` steps. A checkpoint or metric that cannot be written (disk full, folder gone)
+    ends the run, or with `on_write_error: warn` is left out.
 
     Every training sample is used once an epoch: nothing is dropped or repeated, batch sizes differ by at most one.
     Ranks get equally many systems of a batch; with `balance: atoms` those of about equally many atoms. `worker_context:

@@ -128,9 +128,7 @@ class _Unit(NamedTuple):
     num_systems: int
 
 
-def make_demo_data(
-    root: str | Path, settings: DemoSettings, *, num_workers: int = 1
-) -> dict[str, Any]:
+def make_demo_data(root: str | Path, settings: DemoSettings, *, num_workers: int = 1) -> dict[str, Any]:
     """Generate the demo data, or what is missing of it, below `root`.
 
     Writes `is2re/all/{split}/data.lmdb`, `s2ef/2M/train/data.NNNN.lmdb` (with edges),
@@ -191,8 +189,7 @@ def _open_work_folder(root: Path, work: Path, identity: dict[str, Any]) -> None:
     if plan.exists():
         if json.loads(plan.read_text()) != identity:
             raise FileExistsError(
-                f"{work} holds the beginning of demo data of other settings: choose another folder "
-                "or delete it"
+                f"{work} holds the beginning of demo data of other settings: choose another folder or delete it"
             )
         return
     taken = [name for name in ("is2re", "s2ef", "s2ef_raw") if (root / name).exists()]
@@ -217,9 +214,7 @@ def _unit_path(work: Path, unit: _Unit) -> Path:
     return work / f"{unit.split}-{unit.number:06d}.lmdb"
 
 
-def _run_units(
-    units: Sequence[_Unit], settings: DemoSettings, work: Path, num_workers: int
-) -> None:
+def _run_units(units: Sequence[_Unit], settings: DemoSettings, work: Path, num_workers: int) -> None:
     """Compute the units that are not there yet."""
     missing = [unit for unit in units if not _unit_path(work, unit).exists()]
     run = partial(_run_unit, settings=settings, work=work)
@@ -234,9 +229,7 @@ def _run_units(
                 run(unit)
                 bar.update()
             return
-        pool = stack.enter_context(
-            ProcessPoolExecutor(num_workers, get_context("spawn"), initializer=_start_worker)
-        )
+        pool = stack.enter_context(ProcessPoolExecutor(num_workers, get_context("spawn"), initializer=_start_worker))
         stack.callback(pool.shutdown, wait=True, cancel_futures=True)
         for future in as_completed([pool.submit(run, unit) for unit in missing]):
             future.result()
@@ -381,9 +374,7 @@ def _assemble(
     return rows, discarded
 
 
-def _statistics(
-    rows: Sequence[dict[str, Any]], discarded: dict[str, Counter[str]]
-) -> dict[str, dict[str, Any]]:
+def _statistics(rows: Sequence[dict[str, Any]], discarded: dict[str, Counter[str]]) -> dict[str, dict[str, Any]]:
     """Per split: sizes, discards, label statistics and the MAE of the two baselines of training."""
     compositions, energies = {}, {}
     for split in SPLITS:

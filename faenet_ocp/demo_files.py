@@ -59,9 +59,7 @@ def raw_frame(system: System, sid: int, fid: int) -> tuple[str, str]:
     trajectory = system.trajectory
     atoms = system.atoms.copy()
     atoms.positions = trajectory.positions[fid]
-    atoms.calc = SinglePointCalculator(
-        atoms, energy=float(trajectory.energies[fid]), forces=trajectory.forces[fid]
-    )
+    atoms.calc = SinglePointCalculator(atoms, energy=float(trajectory.energies[fid]), forces=trajectory.forces[fid])
     text = io.StringIO()
     ase.io.write(text, atoms, format="extxyz")
     return text.getvalue(), f"random{sid},frame{fid},{system.reference!r}\n"
@@ -96,9 +94,7 @@ def _edges(system: System, positions: Array) -> dict[str, torch.Tensor]:
     """At most 50 neighbours per atom within 6 A, cut strictly as in OC20's files."""
     pos, cell = _float_tensor(positions), _float_tensor(system.atoms.cell.array[None])
     pbc = torch.ones(3, dtype=torch.bool)
-    edge_index, cell_offsets = build_graph(
-        pos, cell, pbc, cutoff=EDGE_CUTOFF, max_neighbors=EDGE_NEIGHBORS
-    )
+    edge_index, cell_offsets = build_graph(pos, cell, pbc, cutoff=EDGE_CUTOFF, max_neighbors=EDGE_NEIGHBORS)
     # build_graph keeps a shell of equal distances whole; edges come by centre, then by distance.
     first_edge = torch.searchsorted(edge_index[1], edge_index[1])
     kept = torch.arange(edge_index.shape[1]) - first_edge < EDGE_NEIGHBORS

@@ -163,9 +163,7 @@ def gas_references() -> dict[str, float]:
 @cache
 def bulk(composition: str) -> ase.Atoms:
     """The cubic four-atom cell of a composition at the lattice constant of lowest EMT energy."""
-    crystal = ase.Atoms(
-        COMPOSITIONS[composition], scaled_positions=_FCC_SITES, cell=[4.0] * 3, pbc=True
-    )
+    crystal = ase.Atoms(COMPOSITIONS[composition], scaled_positions=_FCC_SITES, cell=[4.0] * 3, pbc=True)
 
     def energy(lattice_constant: float) -> float:
         crystal.set_cell([lattice_constant] * 3, scale_atoms=True)
@@ -370,9 +368,7 @@ def make_system(
         return reason
     gas = gas_references()
     reference = slab_energy + sum(gas[symbol] for symbol in initial.symbols[len(slab) :])
-    return System(
-        spec=spec, adsorbate=name, atoms=initial, trajectory=trajectory, reference=reference
-    )
+    return System(spec=spec, adsorbate=name, atoms=initial, trajectory=trajectory, reference=reference)
 
 
 def rotated(system: System, angle: float) -> System:

@@ -180,6 +180,8 @@ def _interpolate(values: Tensor, index: Tensor, weight: Tensor) -> Tensor:
 def _differentiable_gradients(
     arguments: list[Tensor], act: Activation, grad_m: Tensor, needed: tuple[bool, ...]
 ) -> list[Tensor | None]:
+    # Views: one argument may have been computed from another, whose gradient here is the direct one alone.
+    arguments = [None if argument is None else argument.view_as(argument) for argument in arguments]
     m = plain_filtered_sum(*arguments, act)
     inputs = [argument for argument, needs in zip(arguments, needed, strict=False) if needs]
     found = iter(torch.autograd.grad(m, inputs, grad_m, create_graph=True))

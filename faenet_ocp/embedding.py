@@ -8,6 +8,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from faenet_ocp.edge_sums import Activation, Knots, cubic_interpolation
 from faenet_ocp.elements import (
     MAX_ATOMIC_NUMBER,
     NUM_GROUPS,
@@ -17,12 +18,11 @@ from faenet_ocp.elements import (
     element_table,
     standardised_properties,
 )
-from faenet_ocp.edge_sums import Activation, Knots, cubic_interpolation
 from faenet_ocp.message_passing import dense
 
 EDGE_EMBED_TYPES = ("all_rij", "rij", "sh", "all")
 KNOTS_PER_GAUSSIAN = 32
-"""Interpolation is then as exact as float32: the error is about 1e-7 of the function's size, for smooth weights."""
+"""The interpolation is then as exact as float32: the error is about 1e-7 of the function's size, for smooth weights."""
 NUM_TAGS = 3
 NUM_HARMONICS = 15
 

@@ -9,7 +9,7 @@ is refused with file and line, because a column or a key of unknown meaning is a
     ... one line per atom
 
 and its line in the log is `random<sid>,frame<fid>,<reference energy>`. Lengths in A, energies in eV, forces in eV/A.
-Faster than `ase.io.read`, with the same numbers to the last bit (`tests/test_prepare_s2ef.py`).
+Faster than `ase.io.read`, with the same numbers to the last bit (`tests/test_extxyz.py`).
 """
 
 import io
@@ -32,7 +32,8 @@ _MAX_ATOMS = 100_000  # OC20 has a few hundred at most; a damaged count must not
 _HEADER_ITEM = re.compile(rb'\s*(\w+)=(?:"([^"]*)"|([^\s"]+))(?=\s)')
 _HEADER_KEYS = (b"Lattice", b"Properties", b"energy", b"free_energy", b"pbc")
 _COLUMNS = {b"species": b"S:1", b"pos": b"R:3", b"move_mask": b"L:1", b"tags": b"I:1", b"forces": b"R:3"}
-_LOG_LINE = re.compile(rb"random(\d+),frame(\d+)(?:,(\S+))?\s*")
+_LOG_LINE = re.compile(rb"random(\d{1,18}),frame(\d{1,18})(?:,(\S+))?\s*")
+_COUNT = re.compile(rb"\d{1,9}")
 _NUMBERS = {symbol.encode(): number for symbol, number in atomic_numbers.items() if number > 0}
 _LOGICALS = {b"T": True, b"F": False}
 
@@ -79,7 +80,7 @@ def read_frames(path: Path, *, labels: bool) -> Iterator[Frame]:
         while count := lines.take(1):
             start = lines.number
             number = count[0].strip()
-            if not number.isdigit() or not 1 <= int(number) <= _MAX_ATOMS:
+            if not _COUNT.fullmatch(number) or not 1 <= int(number) <= _MAX_ATOMS:
                 raise FormatError(f"{path}:{start}: expected a number of atoms, not {_shown(number)}")
             header, *rows = lines.take(1 + int(number)) or [b""]
             if len(rows) < int(number):
@@ -221,7 +222,10 @@ def _parse_rows(
     except KeyError as error:
         what = "T or F" if error.args[0] in fields[columns.move_mask :: width] else "the symbol of an element"
         raise ValueError(f"expected {what}, not {_shown(error.args[0])}") from None
-    tags = np.array([int(tag) for tag in fields[columns.tags :: width]])
+    try:
+        tags = np.array([int(tag) for tag in fields[columns.tags :: width]], dtype=np.int64)
+    except OverflowError:
+        raise ValueError("expected a small number as tag") from None
 
     def vectors(first: int) -> NDArray[np.float64]:
         values = np.empty((count, 3))

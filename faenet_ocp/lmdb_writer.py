@@ -64,9 +64,7 @@ class LmdbShardWriter:
         ValueError: `batch_bytes` is not positive.
     """
 
-    def __init__(
-        self, path: str | Path, *, overwrite: bool = False, batch_bytes: int = _BATCH_BYTES
-    ) -> None:
+    def __init__(self, path: str | Path, *, overwrite: bool = False, batch_bytes: int = _BATCH_BYTES) -> None:
         if batch_bytes < 1:
             raise ValueError(f"batch_bytes must be at least 1, got {batch_bytes}")
         self.path = Path(path)
@@ -164,9 +162,7 @@ class LmdbShardWriter:
 
     def _refuse_existing(self) -> None:
         if not self._overwrite and self.path.exists():
-            raise FileExistsError(
-                f"{self.path} exists; a finished shard is overwritten only if asked"
-            )
+            raise FileExistsError(f"{self.path} exists; a finished shard is overwritten only if asked")
 
     def _flush(self) -> None:
         """Write the batch in one transaction; while it does not fit, grow the map and try again."""

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from faenet_ocp.bad_samples import BadSample, Key, Tolerant
 
+
 def even_slice(total: int, parts: int, part: int) -> slice:
     """Part `part` of `total` items cut into `parts` runs whose lengths differ by at most one."""
     base, extra = divmod(total, parts)
@@ -119,8 +120,8 @@ class EvalBatchSampler(Sampler[list[Key]]):
             yield [(0, int(index)) for index in self.indices[start : start + self.batch_size]]
 
 
-class Batches(list[AtomicData | None]):
-    """The micro-batches of one step on one rank; None where all samples of one are bad.
+class Batches(list[Any]):
+    """The micro-batches (AtomicData) of one step on one rank; None where all samples of one are bad.
 
     Attributes:
         bad: samples that cannot be used.

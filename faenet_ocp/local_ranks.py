@@ -50,10 +50,11 @@ def launch(config: "DictConfig") -> None:
     if config.job.scheduler.ranks_per_node > 1:
         _launch_ranks(config)
         return
-    try:
-        local_launch(config, config.job.metadata.log_dir)
-    finally:
-        distutils.cleanup()
+    with _handlers({}):
+        try:
+            local_launch(config, config.job.metadata.log_dir)
+        finally:
+            distutils.cleanup()
 
 
 def _launch_ranks(config: "DictConfig") -> None:
@@ -150,9 +151,11 @@ def stop_signals(stop: Callable[[int], None]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _handlers(handlers: dict[signal.Signals, Callable[[int, FrameType | None], None]]) -> Iterator[None]:
-    before = {signum: signal.signal(signum, handler) for signum, handler in handlers.items()}
+    before = {signum: signal.getsignal(signum) for signum in (*_STOP, *handlers)}  # fairchem leaves handlers behind
+    for signum, handler in handlers.items():
+        signal.signal(signum, handler)
     try:
         yield
     finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
+        for signum, earlier in before.items():
+            signal.signal(signum, earlier)

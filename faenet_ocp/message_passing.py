@@ -31,9 +31,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch_geometric.utils import softmax
 
+from faenet_ocp.edge_sums import Activation, Knots, filtered_sum, segment_sum
 from faenet_ocp.rank_norm import RankGraphNorm
-
-Activation = Callable[[Tensor], Tensor]
 
 
 class Graph(NamedTuple):
@@ -114,10 +113,14 @@ class EdgeFilter(nn.Module):
     def __init__(self, options: BlockOptions, out_channels: int) -> None:
         super().__init__()
         self.act = options.act
-        self.lin = dense(options.num_filters, out_channels)
+        self.lin = dense(sum(self.columns(options)), out_channels)
 
-    def edge_weight(self) -> Tensor:
-        """The columns of W that act on e_ij, (M, F)."""
+    def columns(self, options: BlockOptions) -> tuple[int, ...]:
+        """Columns of W that act on each input."""
+        return (options.num_filters,)
+
+    def edge_weight(self, num_channels: int) -> Tensor:
+        """The columns of W that act on e_ij, (M, F), for embeddings h of so many channels."""
         return self.lin.weight
 
     def of_nodes(self, h: Tensor) -> Tensor:
@@ -127,7 +130,7 @@ class EdgeFilter(nn.Module):
 
     def sum_messages(self, h: Tensor, values: Tensor, graph: Graph) -> Tensor:
         """m_i = sum over edges j -> i of f_ij * v_j, (N, M)."""
-        weight, knots = self.edge_weight(), None
+        weight, knots = self.edge_weight(h.shape[1]), None
         if graph.knots is not None:
             at_knots = weight[:, graph.edge_embedding.shape[1] :]
             knots = graph.knots._replace(values=functional.linear(graph.knots.values, at_knots))
@@ -144,17 +147,14 @@ class EdgeNodeFilter(EdgeFilter):
     large product has F columns instead of F + 2C.
     """
 
-    def __init__(self, options: BlockOptions, out_channels: int) -> None:
-        nn.Module.__init__(self)
-        self.act = options.act
-        self.blocks = (options.num_filters, options.hidden_channels, options.hidden_channels)
-        self.lin = dense(sum(self.blocks), out_channels)
+    def columns(self, options: BlockOptions) -> tuple[int, ...]:
+        return options.num_filters, options.hidden_channels, options.hidden_channels
 
-    def edge_weight(self) -> Tensor:
-        return self.lin.weight[:, : self.blocks[0]]
+    def edge_weight(self, num_channels: int) -> Tensor:
+        return self.lin.weight[:, : -2 * num_channels]
 
     def of_nodes(self, h: Tensor) -> Tensor:
-        _, w_source, w_target = self.lin.weight.split(self.blocks, dim=1)
+        w_source, w_target = self.lin.weight[:, -2 * h.shape[1] :].chunk(2, dim=1)
         return torch.cat([functional.linear(h, w_source), functional.linear(h, w_target, self.lin.bias)], dim=1)
 
 

@@ -24,7 +24,7 @@ class _SumOverRanks(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         return _SumOverRanks.apply(grad)
 
 
@@ -36,7 +36,19 @@ def _mean_over_ranks(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class RankBatchNorm(nn.BatchNorm1d):
-    """BatchNorm over the rows (M, C) of all ranks; the running statistics are the same on each."""
+    """BatchNorm over the rows (M, C) of all ranks; the running statistics are the same on each.
+
+    Args:
+        num_features: C; everything else as `nn.BatchNorm1d` has it by default.
+    """
+
+    num_batches_tracked: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+    momentum: float
+
+    def __init__(self, num_features: int):
+        super().__init__(num_features)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or distutils.get_world_size() == 1:
@@ -44,10 +56,11 @@ class RankBatchNorm(nn.BatchNorm1d):
         mean, count = _mean_over_ranks(x)
         # From centred values: the difference of two large means would lose digits.
         var, _ = _mean_over_ranks((x - mean).square())
+        unbiased = var * count / (count - 1).clamp(min=1)
         with torch.no_grad():
-            self.num_batches_tracked += 1
+            self.num_batches_tracked.add_(1)
             self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)
-            self.running_var.lerp_((var * count / (count - 1).clamp(min=1)).to(self.running_var), self.momentum)
+            self.running_var.lerp_(unbiased.to(self.running_var), self.momentum)
         return (x - mean) * torch.rsqrt(var + self.eps) * self.weight + self.bias
 
 

@@ -282,9 +282,7 @@ class OCPRunner(Runner):
                 dataset,
                 path,
                 key=digest[:12],
-                make_loader=partial(
-                    make_loader, dataset, num_workers=optim.num_workers, context=optim.worker_context
-                ),
+                make_loader=partial(make_loader, dataset, num_workers=optim.num_workers, context=optim.worker_context),
                 batch_size=max(1, (optim.eval_batch_size or optim.batch_size) // world),
                 amp=self.config.job.amp,
                 conservative=self._conservative,

@@ -19,9 +19,7 @@ from faenet_ocp.demo import DemoSettings, make_demo_data
 def main(argv: list[str] | None = None) -> None:
     """Parse the arguments, generate, and print what there is now."""
     defaults = {item.name: item.default for item in fields(DemoSettings)}
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("data/demo"), help="output folder")
     parser.add_argument("--num-workers", type=int, default=os.cpu_count() or 1, help="processes")
     for name, text in {

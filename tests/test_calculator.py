@@ -343,7 +343,8 @@ def _flat_cell() -> ase.Atoms:
     ],
 )
 def test_structures_that_no_model_can_take(s2ef: dict[str, Any], atoms: ase.Atoms, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    atoms.info["sid"] = "17"
+    with pytest.raises(ValueError, match=rf"^structure of {len(atoms)} atoms \(sid 17\): .*{message}"):
         Predictor(s2ef)([slab(), atoms])
 
 

@@ -1,15 +1,9 @@
 """The demo data: physics against ASE's own EMT, OC20's formats, honest splits, same data always."""
 
-import csv
 import itertools
 import json
 import lzma
-import os
 import pickle
-import signal
-import subprocess
-import sys
-import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from functools import partial
@@ -17,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import ase.io
-import lmdb
 import numpy as np
 import pytest
 import torch
@@ -29,35 +22,21 @@ from ase.neighborlist import neighbor_list
 from ase.optimize import BFGS
 from torch_geometric.data import Data
 
+from demo_reading import SETTINGS, is2re, read_records, read_values, s2ef, s2ef_folder, table
 from faenet_ocp import demo, demo_files
 from faenet_ocp.demo import (
     OOD_ADSORBATES,
     OOD_COMPOSITIONS,
     SPLITS,
-    DemoSettings,
     make_demo_data,
 )
-from faenet_ocp.demo_emt import PairEMT, Spring
 from faenet_ocp.demo_systems import (
     ADSORBATES,
     COMPOSITIONS,
-    FACETS,
     METALS,
-    SlabSpec,
-    Trajectory,
-    bond_springs,
-    build_slab,
-    bulk,
     draw_slab,
-    place,
-    relax,
-    why_unusable,
 )
 from faenet_ocp.lmdb_dataset import OC20LmdbDataset
-
-SETTINGS = DemoSettings(num_train=24, num_val=8, frames_per_system=3, raw_frames=7, seed=3)
-REPOSITORY = Path(__file__).resolve().parents[1]
-SCRIPT = REPOSITORY / "scripts" / "make_demo_data.py"
 
 
 @pytest.fixture(scope="module")
@@ -66,56 +45,6 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("demo") / "data"
     make_demo_data(folder, SETTINGS)
     return folder
-
-
-def read_values(path: Path) -> list[bytes]:
-    with (
-        lmdb.open(str(path), subdir=False, readonly=True, lock=False) as environment,
-        environment.begin() as transaction,
-    ):
-        length = pickle.loads(transaction.get(b"length"))
-        assert environment.stat()["entries"] == length + 1
-        return [transaction.get(str(i).encode()) for i in range(length)]
-
-
-def read_records(path: Path) -> list[Data]:
-    return [pickle.loads(value) for value in read_values(path)]
-
-
-def is2re(root: Path, split: str) -> list[Data]:
-    return read_records(root / "is2re" / "all" / split / "data.lmdb")
-
-
-def s2ef_folder(root: Path, split: str) -> Path:
-    return root / "s2ef" / ("2M" if split == "train" else "all") / split
-
-
-def s2ef(root: Path, split: str) -> list[Data]:
-    shards = sorted(s2ef_folder(root, split).glob("*.lmdb"))
-    return [record for shard in shards for record in read_records(shard)]
-
-
-def table(root: Path) -> dict[int, dict[str, str]]:
-    with (root / "systems.csv").open() as file:
-        return {int(row["sid"]): row for row in csv.DictReader(file)}
-
-
-def everything(root: Path) -> dict[str, list[dict[str, Any]]]:
-    """All records of all shards; the bytes themselves hold memory addresses."""
-    return {
-        str(path.relative_to(root)): [record.to_dict() for record in read_records(path)]
-        for path in sorted(root.rglob("*.lmdb"))
-    }
-
-
-def same(first: Any, second: Any) -> bool:
-    if isinstance(first, torch.Tensor):
-        return first.dtype == second.dtype and torch.equal(first, second)
-    if isinstance(first, dict):
-        return first.keys() == second.keys() and all(same(first[k], second[k]) for k in first)
-    if isinstance(first, list):
-        return len(first) == len(second) and all(map(same, first, second))
-    return type(first) is type(second) and first == second
 
 
 def atoms_of(record: Data, pos: torch.Tensor) -> ase.Atoms:
@@ -145,9 +74,7 @@ def ase_energy_and_forces(atoms: ase.Atoms, adsorbate: str) -> tuple[float, np.n
     atoms = atoms.copy()
     atoms.calc = EMT()
     first = len(atoms) - len(ADSORBATES[adsorbate][0])
-    atoms.set_constraint(
-        [Hookean(first + a, first + b, 15.0, start) for a, b, start in spring_bonds(adsorbate)]
-    )
+    atoms.set_constraint([Hookean(first + a, first + b, 15.0, start) for a, b, start in spring_bonds(adsorbate)])
     return atoms.get_potential_energy(), atoms.get_forces()
 
 
@@ -211,150 +138,6 @@ def test_s2ef_frames_are_those_of_ase(root: Path) -> None:
         assert record.force.numpy() == pytest.approx(forces, abs=1e-3)
         largest.append(float(record.force[record.tags != 0].norm(dim=1).max()))
     assert min(largest) < 0.5 < max(largest)  # frames from the beginning and from the end
-
-
-def clean_slab(composition: str = "Cu", facet: str = "111") -> ase.Atoms:
-    options = FACETS[facet]
-    no_strain = (0.0, 0.0, 0.0)
-    spec = SlabSpec(composition, facet, options.layers[0], options.repeats[0], 0, no_strain)
-    return build_slab(spec)
-
-
-def test_springs_hold_what_emt_alone_would_break() -> None:
-    slab = clean_slab()
-    relax(slab)
-    outcomes: dict[str, list[str | None]] = {"springs": [], "no springs": []}
-    for name, seed in itertools.product(("OH", "CH2", "NH2"), range(3)):
-        initial = place(slab, name, np.random.default_rng(seed))
-        for kind, springs in (("springs", bond_springs(name, len(slab))), ("no springs", ())):
-            relaxed = initial.copy()
-            outcomes[kind].append(why_unusable(initial, relaxed, relax(relaxed, springs)))
-    assert outcomes["springs"] == [None] * 9
-    assert outcomes["no springs"].count("bonds changed") >= 6
-
-
-def test_pair_emt_is_ases_emt() -> None:
-    """On what it is used for and beyond: after moves, changed cells, elements and periodicity."""
-    rng = np.random.default_rng(0)
-    atoms = place(clean_slab("Cu3Pt", "211"), "CHOH", rng)
-    atoms.set_constraint()
-    atoms.calc = PairEMT()
-
-    def compare() -> None:
-        reference = atoms.copy()
-        reference.calc = EMT()
-        assert atoms.get_potential_energy() == pytest.approx(
-            reference.get_potential_energy(), abs=1e-9
-        )
-        assert atoms.get_forces() == pytest.approx(reference.get_forces(), abs=1e-9)
-
-    compare()
-    for step in (0.01, 0.01, 0.1, 0.5):  # below and above the skin of the neighbour list
-        atoms.positions += rng.normal(scale=step, size=atoms.positions.shape)
-        compare()
-    atoms.set_cell(atoms.cell.array @ [[1.02, 0, 0], [0.01, 0.97, 0], [0, 0, 1]])
-    compare()
-    atoms.pbc = (True, False, False)
-    compare()
-    atoms.numbers[:5] = 47
-    compare()
-    atoms = bulk("AlNi").copy()  # every atom has images of itself for neighbours
-    atoms.rattle(0.05, seed=1)
-    atoms.calc = PairEMT()
-    compare()
-    atoms = ase.Atoms("CuO", positions=[(0, 0, 0), (0, 0, 30)])  # no neighbours at all
-    atoms.calc = PairEMT()
-    compare()
-
-
-def test_springs_of_pair_emt_are_hookean() -> None:
-    atoms = ase.Atoms("OH", positions=[(0, 0, 0), (0.3, 0.4, 1.2)])
-    for start in (1.0, 2.0):  # pulling, not pulling
-        atoms.set_constraint()
-        atoms.calc = PairEMT([Spring(0, 1, start)])
-        energy, forces = atoms.get_potential_energy(), atoms.get_forces()
-        atoms.calc = EMT()
-        plain = atoms.get_potential_energy()
-        atoms.set_constraint(Hookean(0, 1, 15.0, start))
-        assert energy == pytest.approx(atoms.get_potential_energy(), abs=1e-9)
-        assert forces == pytest.approx(atoms.get_forces(), abs=1e-9)
-        assert (energy > plain + 0.1) == (start == 1.0)
-
-
-def test_slabs() -> None:
-    """Planes, tags, fixed atoms, stoichiometry, bond lengths and strain of every kind of slab."""
-    for composition, facet in itertools.product(("Pd", "Cu3Au", "AlCu"), FACETS):
-        options = FACETS[facet]
-        for layers, repeat in itertools.product(options.layers, options.repeats):
-            spec = SlabSpec(composition, facet, layers, repeat, 1, (0.0, 0.0, 0.0))
-            slab = build_slab(spec)
-            heights = np.unique(slab.positions[:, 2].round(3))
-            assert len(heights) == layers
-            assert slab.pbc.all() and 15 < len(slab) < 70
-            top = slab.positions[:, 2] > heights[-options.surface_layers] - 1e-2
-            assert np.array_equal(slab.get_tags(), top.astype(int))
-            fixed = slab.constraints[0].index
-            assert np.array_equal(np.sort(fixed), np.flatnonzero(~top))
-            nearest = bulk(composition).cell[0, 0] / np.sqrt(2)
-            distances = neighbor_list("d", slab, nearest + 0.1)
-            assert distances == pytest.approx(nearest, abs=1e-3)
-            lengths = np.linalg.norm(slab.cell.array[:2], axis=1)
-            assert lengths.min() > 4.9
-            strained = build_slab(spec._replace(strain=(0.04, -0.03, 0.01)))
-            strain = np.linalg.solve(slab.cell.array[:2, :2], strained.cell.array[:2, :2])
-            assert strain == pytest.approx(np.array([[1.04, 0.01], [0.01, 0.97]]))
-            assert strained.positions[:, 2] == pytest.approx(slab.positions[:, 2])
-            if layers % 4 == 0:  # whole periods of every ordered alloy
-                shares = {symbol: 4 * n / len(slab) for symbol, n in Counter(slab.symbols).items()}
-                assert shares == Counter(COMPOSITIONS[composition])
-
-
-def test_bulk_is_at_its_minimum() -> None:
-    for composition in ("Cu", "Pt3Al", "AgPd"):
-        crystal = bulk(composition).copy()
-        crystal.calc = EMT()
-        assert abs(crystal.get_stress()[:3].mean()) < 1e-3
-
-
-def test_adsorbate_starts_in_contact_and_upright() -> None:
-    for facet, name, seed in itertools.product(FACETS, ("H", "CO", "NH2"), range(3)):
-        slab = clean_slab("Ag", facet)
-        system = place(slab, name, np.random.default_rng(seed))
-        adsorbate = np.flatnonzero(system.get_tags() == 2)
-        assert len(adsorbate) == len(ADSORBATES[name][0]) and adsorbate[0] == len(slab)
-        distances = system.get_all_distances(mic=True)[adsorbate][:, : len(slab)]
-        assert 1.5 < distances.min() < 3.0
-        assert system.positions[adsorbate, 2].argmin() == 0
-
-
-def test_unusable_systems_are_recognised() -> None:
-    slab = clean_slab()
-    initial = place(slab, "OH", np.random.default_rng(0))
-    relaxed = initial.copy()
-    trajectory = relax(relaxed, bond_springs("OH", len(slab)))
-    oxygen, hydrogen = len(slab), len(slab) + 1
-    assert why_unusable(initial, relaxed, trajectory) is None
-
-    def moved(atoms: list[int], by: tuple[float, float, float]) -> ase.Atoms:
-        copy = relaxed.copy()
-        copy.positions[atoms] += by
-        return copy
-
-    surface_atom = int(np.flatnonzero(relaxed.get_tags() == 1)[0])
-    for broken, reason in (
-        (moved([oxygen, hydrogen], (0, 0, 4)), "desorbed"),
-        (moved([hydrogen], (0, 0, 1)), "bonds changed"),
-        (moved([oxygen, hydrogen], (0, 0, -3)), "below the surface"),
-        (moved([surface_atom], (1.2, 0, 0)), "slab reconstructed"),
-    ):
-        assert why_unusable(initial, broken, trajectory) == reason
-    unfinished = Trajectory(
-        positions=trajectory.positions,
-        energies=trajectory.energies,
-        forces=trajectory.forces,
-        converged=False,
-    )
-    assert why_unusable(initial, relaxed, unfinished) == "not converged"
 
 
 # --- formats ---
@@ -449,9 +232,7 @@ def test_metadata_ids_and_frames(root: Path) -> None:
     rows = table(root)
     for split in SPLITS:
         records, frames = is2re(root, split), s2ef(root, split)
-        assert [record.sid for record in records] == [
-            sid for sid, row in rows.items() if row["split"] == split
-        ]
+        assert [record.sid for record in records] == [sid for sid, row in rows.items() if row["split"] == split]
         with np.load(root / "is2re" / "all" / split / "metadata.npz") as metadata:
             assert metadata["natoms"].tolist() == [record.natoms for record in records]
             assert metadata["neighbors"].tolist() == [len(record.distances) for record in records]
@@ -473,31 +254,6 @@ def test_metadata_ids_and_frames(root: Path) -> None:
     assert [p for p in root.rglob("*") if p.name.startswith(".") or p.name.endswith("lock")] == []
 
 
-def test_frames_lie_all_along_the_way() -> None:
-    """Most steps of a relaxation hardly move an atom; evenly drawn steps would be nearly alike."""
-    way = np.concatenate([np.linspace(0, 1, 11), 1 + 0.001 * np.arange(1, 100)])
-    trajectory = Trajectory(
-        positions=way[:, None, None] * np.ones((1, 5, 3)),
-        energies=-way,
-        forces=np.zeros((len(way), 5, 3)),
-        converged=True,
-    )
-    picks = [
-        demo_files.pick_frames(trajectory, 4, np.random.default_rng(seed)) for seed in range(50)
-    ]
-    assert all(pick == sorted(set(pick)) and len(pick) <= 4 for pick in picks)
-    assert np.mean([step <= 10 for pick in picks for step in pick]) > 0.8
-    assert len({tuple(pick) for pick in picks}) > 10
-    assert 0 in {pick[0] for pick in picks}
-    still = Trajectory(
-        positions=np.zeros((1, 5, 3)),
-        energies=np.zeros(1),
-        forces=np.zeros((1, 5, 3)),
-        converged=True,
-    )
-    assert demo_files.pick_frames(still, 4, np.random.default_rng(0)) == [0]
-
-
 def test_shards_of_limited_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo_files, "FRAMES_PER_SHARD", 3)
     with demo_files.ShardedWriter(tmp_path) as writer:
@@ -516,9 +272,7 @@ def test_shards_of_limited_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert list((tmp_path / "failed").iterdir()) == []
 
 
-def test_raw_frames_are_the_s2ef_frames(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_raw_frames_are_the_s2ef_frames(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for split in SPLITS:
         name = "s2ef_train_200K" if split == "train" else f"s2ef_{split}"
         folder = root / "s2ef_raw" / name / name
@@ -568,9 +322,7 @@ def test_adsorbates_and_compositions_of_the_splits(root: Path) -> None:
     for _, row in table(root).items():
         ood_both = row["split"] == "val_ood_both"
         assert (row["adsorbate"] in OOD_ADSORBATES) == (ood_both or row["split"] == "val_ood_ads")
-        assert (row["composition"] in OOD_COMPOSITIONS) == (
-            ood_both or row["split"] == "val_ood_cat"
-        )
+        assert (row["composition"] in OOD_COMPOSITIONS) == (ood_both or row["split"] == "val_ood_cat")
 
 
 def slab_fingerprint(record: Data) -> tuple[Any, ...]:
@@ -635,136 +387,3 @@ def test_labels_vary_with_geometry(root: Path) -> None:
         along = record.cell[0, 0] / record.cell[0, 0].norm()
         if not any(json.loads(row["strain"])):  # the first lattice vector lies along x otherwise
             assert along[:2].tolist() == pytest.approx([np.cos(angle), np.sin(angle)], abs=1e-4)
-
-
-# --- same data always ---
-
-
-def test_settings_are_checked() -> None:
-    wrong = {"num_train": 0, "num_val": -1, "frames_per_system": 0, "raw_frames": -1, "seed": 0.5}
-    for name, value in wrong.items():
-        with pytest.raises(ValueError, match=name):
-            DemoSettings(**{name: value})
-    with pytest.raises(ValueError, match="num_workers"):
-        make_demo_data("unused", DemoSettings(), num_workers=0)
-
-
-def test_summary(root: Path) -> None:
-    summary = json.loads((root / "summary.json").read_text())
-    counts, energies = {}, {}
-    for split in SPLITS:
-        records = is2re(root, split)
-        counts[split] = np.array(
-            [np.bincount(r.atomic_numbers.int().numpy(), minlength=100) for r in records], float
-        )
-        energies[split] = np.array([record.y_relaxed for record in records])
-    solution = np.linalg.lstsq(counts["train"], energies["train"])[0]
-    for split, row in summary["splits"].items():
-        assert row["num_systems"] == len(energies[split])
-        assert row["num_frames"] == len(s2ef(root, split))
-        assert row["mean"] == pytest.approx(energies[split].mean())
-        assert row["stdev"] == pytest.approx(energies[split].std())
-        mean_error = np.abs(energies[split] - energies["train"].mean()).mean()
-        assert row["mean_predictor_mae"] == pytest.approx(mean_error)
-        linear_error = np.abs(counts[split] @ solution - energies[split]).mean()
-        assert row["linear_mae"] == pytest.approx(linear_error, abs=1e-3)
-
-
-def test_finished_data_is_left_alone(root: Path) -> None:
-    before = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
-    assert make_demo_data(root, SETTINGS) == json.loads((root / "summary.json").read_text())
-    assert {path: path.stat().st_mtime_ns for path in root.rglob("*")} == before
-    with pytest.raises(FileExistsError, match="other settings"):
-        make_demo_data(root, DemoSettings(num_train=25))
-
-
-def test_a_folder_with_other_data_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "is2re").mkdir()
-    with pytest.raises(FileExistsError, match="is2re"):
-        make_demo_data(tmp_path, SETTINGS)
-    assert [path.name for path in tmp_path.iterdir()] == ["is2re"]
-
-
-def test_discarded_systems_are_counted_and_replaced(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    make_system, calls = demo.make_system, itertools.count()
-
-    def sometimes(*args: Any) -> Any:
-        return "desorbed" if next(calls) % 3 == 0 else make_system(*args)
-
-    monkeypatch.setattr(demo, "make_system", sometimes)
-    summary = make_demo_data(tmp_path / "some", DemoSettings(num_train=6, num_val=1))
-    splits = summary["splits"]
-    assert [splits[split]["num_systems"] for split in SPLITS] == [6, 1, 1, 1, 1]
-    assert sum(splits[split]["discarded"].get("desorbed", 0) for split in SPLITS) >= 5
-    slabs = []
-    monkeypatch.setattr(demo, "relaxed_slab", lambda spec: slabs.append(spec) or (None, 0.0))
-    monkeypatch.setattr(demo, "make_system", lambda *args: "desorbed")
-    with pytest.raises(RuntimeError, match="too many systems had to be discarded"):
-        make_demo_data(tmp_path / "none", DemoSettings(num_train=1, num_val=1))
-    assert len(set(slabs)) == len(slabs) > 5  # a slab on which nothing works is given up
-
-
-def test_another_seed_gives_other_data(root: Path, tmp_path: Path) -> None:
-    make_demo_data(tmp_path / "data", DemoSettings(num_train=4, num_val=1, seed=4))
-    ours = {tuple(record.pos.flatten().tolist()) for record in is2re(root, "train")}
-    others = {tuple(r.pos.flatten().tolist()) for r in is2re(tmp_path / "data", "train")}
-    assert len(others) == 4 and not ours & others
-
-
-@pytest.mark.parametrize(
-    ("first_workers", "then_workers"), [(1, 2), pytest.param(2, 1, marks=pytest.mark.slow)]
-)
-def test_killed_and_resumed_equals_uninterrupted(
-    root: Path, tmp_path: Path, first_workers: int, then_workers: int
-) -> None:
-    """With one process and two on either side; the uninterrupted data is made with one."""
-    folder = tmp_path / "data"
-    command = [sys.executable, str(SCRIPT), "--output", str(folder)]
-    command += ["--num-workers", str(first_workers)]
-    for name in ("num_train", "num_val", "frames_per_system", "raw_frames", "seed"):
-        command += [f"--{name.replace('_', '-')}", str(getattr(SETTINGS, name))]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    work = folder / demo.WORK_NAME
-    with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as process:
-        while process.poll() is None and len(list(work.glob("[!.]*.lmdb"))) < 2:
-            time.sleep(0.01)
-        workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        process.send_signal(signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL
-    assert len(workers) >= (first_workers if first_workers > 1 else 0)
-    while any(is_running(int(worker)) for worker in workers):  # they end with their parent
-        time.sleep(0.01)
-    assert not (folder / "summary.json").exists() and not (folder / "is2re").exists()
-    with pytest.raises(FileExistsError, match="beginning of demo data of other settings"):
-        make_demo_data(folder, DemoSettings(num_train=25))
-
-    done = {path.name: path.stat().st_mtime_ns for path in work.glob("[!.]*.lmdb")}
-    assert 2 <= len(done) < 14
-    seen: dict[str, int] = {}
-    run_units = demo._run_units
-
-    def watched(*args: Any) -> None:
-        run_units(*args)
-        seen.update({path.name: path.stat().st_mtime_ns for path in work.glob("[!.]*.lmdb")})
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo, "_run_units", watched)
-        make_demo_data(folder, SETTINGS, num_workers=then_workers)
-    assert len(seen) == 14 and done.items() <= seen.items()  # finished units were not made again
-    assert not work.exists()
-    first, second = everything(root), everything(folder)
-    assert len(first) == 10
-    assert same(first, second)
-    for name in ("systems.csv", "summary.json"):
-        assert (root / name).read_text() == (folder / name).read_text()
-    for path in (root / "s2ef_raw").rglob("*.xz"):
-        assert path.read_bytes() == (folder / path.relative_to(root)).read_bytes()
-
-
-def is_running(process_id: int) -> bool:
-    try:
-        return "State:\tZ" not in Path(f"/proc/{process_id}/status").read_text()
-    except OSError:
-        return False

@@ -79,9 +79,7 @@ def test_data_is_pickled_in_the_pyg_2_layout(tmp_path: Path) -> None:
 def test_an_empty_shard_has_length_zero(tmp_path: Path) -> None:
     with LmdbShardWriter(tmp_path / "data.lmdb"):
         pass
-    assert {key: pickle.loads(v) for key, v in read_all(tmp_path / "data.lmdb").items()} == {
-        b"length": 0
-    }
+    assert {key: pickle.loads(v) for key, v in read_all(tmp_path / "data.lmdb").items()} == {b"length": 0}
 
 
 def test_many_records_go_into_few_transactions(tmp_path: Path) -> None:
@@ -164,9 +162,7 @@ def test_a_shard_finished_by_another_writer_in_the_meantime_is_kept(tmp_path: Pa
     assert names(tmp_path) == ["data.lmdb"]
 
 
-def test_data_is_on_disk_before_it_gets_its_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_data_is_on_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
     fsync, replace = os.fsync, os.replace
 

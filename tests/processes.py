@@ -1,0 +1,128 @@
+"""Small runs in processes of their own, on data whose systems have different numbers of atoms."""
+
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import yaml
+
+import small_data
+
+ROOT = Path(__file__).resolve().parents[1]
+MAIN = [sys.executable, str(ROOT / "main.py")]
+MODEL = {
+    "name": "faenet",
+    "hidden_channels": 32,
+    "num_filters": 16,
+    "num_interactions": 2,
+    "num_gaussians": 8,
+    "tag_hidden_channels": 4,
+    "pg_hidden_channels": 4,
+    "cutoff": 5.0,
+    "max_neighbors": 20,
+}
+
+
+def write_data(root: Path, *, num_train: int = 12, num_val: int = 5) -> Path:
+    """`root/{train,val}.lmdb`: energies and forces of slabs of 2 to 5 layers, 9 to 22 atoms."""
+    for number, (split, count) in enumerate((("train", num_train), ("val", num_val))):
+        values = [
+            small_data.dump_record(
+                small_data.make_fields(i, task="s2ef", edges=False, seed=number, layers=2 + i % 4), layout="pyg2"
+            )
+            for i in range(count)
+        ]
+        small_data.write_lmdb(root / f"{split}.lmdb", values)
+    return root
+
+
+def write_config(path: Path, root: Path, *, task: str = "s2ef", **sections: dict[str, Any]) -> Path:
+    """A configuration for the data of `write_data`; keyword arguments are merged into its sections."""
+    config: dict[str, Any] = {
+        "trainer": "faenet",
+        "task": task,
+        "dataset": {"name": "small", "root": str(root), "train": {"src": "train.lmdb"}, "val": {"v": {"src": "val.lmdb"}}},
+        "model": dict(MODEL),
+        "frames": {"dim": 3, "group": "E", "method": "stochastic"},
+        "outputs": {"energy": {"normalizer": "fit", "element_references": "fit"}},
+        "evaluation_metrics": {"primary_metric": {"split": "v", "metric": "energy_mae"}},
+        "optim": {"lr_initial": 0.002, "batch_size": 6, "max_epochs": 2, "warmup_steps": 2, "num_workers": 0},
+        "logger": {"name": "none"},
+        "job": {"cpu": True, "print_every": 1, "run_dir": str(path.parent)},
+    }
+    for name, section in sections.items():
+        config[name] = config.get(name, {}) | section if isinstance(section, dict) else section
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    return path
+
+
+def start(arguments: Sequence[str], *, program: Sequence[str] = MAIN, **options: Any) -> subprocess.Popen:
+    """A process of the command line; output and errors together in its stdout."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*program, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, **options
+    )
+
+
+def run(arguments: Sequence[str], *, status: int = 0, timeout: float = 300, **options: Any) -> str:
+    """Runs to the end and returns the output; the exit status must be the given one."""
+    process = start(arguments, **options)
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    finally:
+        process.kill()
+    assert process.returncode == status, f"status {process.returncode}, wanted {status}:\n{output[-4000:]}"
+    return output
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl without what depends on the clock."""
+    lines = (folder / "logs" / "metrics.jsonl").read_text().splitlines()
+    timed = ("train/samples_per_s", "train/data_wait_share")
+    return [{key: value for key, value in json.loads(line).items() if key not in timed} for line in lines]
+
+
+def on_ranks(world_size: int, function: Callable[[int], Any], folder: Path) -> list[Any]:
+    """Calls `function(rank)` in forked processes that share a gloo group; what each returned."""
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+
+    def work(rank: int) -> None:
+        dist.init_process_group(
+            "gloo", init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=world_size
+        )
+        queue.put((rank, function(rank)))
+        dist.barrier()
+
+    processes = [context.Process(target=work, args=(rank,)) for rank in range(world_size)]
+    for process in processes:
+        process.start()
+    results = dict(queue.get(timeout=60) for _ in processes)
+    for process in processes:
+        process.join(timeout=60)
+        assert process.exitcode == 0
+    return [results[rank] for rank in range(world_size)]
+
+
+def differences(one: Any, two: Any, place: str = "") -> list[str]:
+    """Where two states (nested containers with tensors) are not bit for bit the same."""
+    if isinstance(one, torch.Tensor):
+        same = isinstance(two, torch.Tensor) and one.dtype == two.dtype and torch.equal(one, two)
+        return [] if same else [place]
+    if isinstance(one, dict) and isinstance(two, dict):
+        return [
+            found
+            for key in one.keys() | two.keys()
+            for found in differences(one.get(key), two.get(key), f"{place}/{key}")
+        ]
+    if isinstance(one, list | tuple) and isinstance(two, list | tuple) and len(one) == len(two):
+        return [f for i, (a, b) in enumerate(zip(one, two, strict=True)) for f in differences(a, b, f"{place}/{i}")]
+    return [] if one == two else [place]

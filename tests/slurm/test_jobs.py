@@ -1,0 +1,255 @@
+"""Runs as jobs of a real SLURM: to the end, in arrays, two on one node, refused, failed, and interrupted in every way.
+
+What a job must not lose is compared with an unbroken run, bit for bit.
+"""
+
+import re
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import faenet_ocp.cli
+from conftest import Cluster, Job, kill_node, results, run_cli, start_node, wait_for
+from faenet_ocp.checkpoint import load_checkpoint
+
+pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(900)]
+
+SLOW = 0.3
+"""Seconds for each sample of a run that is to be interrupted."""
+NUM_STEPS = 300
+
+
+@pytest.fixture(scope="module")
+def unbroken(cluster: Cluster) -> Path:
+    """The same run as the interrupted ones, here and in one piece."""
+    run_cli("--config", str(cluster.config("unbroken", seconds=0)))
+    return cluster.folder / "runs" / "unbroken"
+
+
+@pytest.fixture(scope="module")
+def pair(cluster: Cluster) -> Path:
+    """Two jobs of two ranks on one node at the same time; the folder of the first."""
+    jobs = [cluster.submit(name, "--num-gpus", "2") for name in ("pair-a", "pair-b")]
+    for job in jobs:
+        job.wait_for_state("COMPLETED")
+    return jobs[0].folder
+
+
+def same_weights(one: Path, two: Path) -> bool:
+    first, second = (load_checkpoint(folder / "checkpoints" / "last.pt") for folder in (one, two))
+    assert first["progress"]["num_steps_completed"] == second["progress"]["num_steps_completed"] == NUM_STEPS
+    return all(torch.equal(weight, second["model"][name]) for name, weight in first["model"].items())
+
+
+def assert_nothing_lost(job: Job, interrupted_at: int) -> None:
+    """The second start goes on from the very step that the first one ended with."""
+    assert job.resumed_at() == [interrupted_at]
+    assert job.steps == list(range(1, NUM_STEPS + 1))
+
+
+# ------------------------------------------------------------------------------------ without interruptions
+def test_two_jobs_on_one_node_do_not_meet(cluster: Cluster, pair: Path, unbroken: Path) -> None:
+    other = pair.with_name("pair-b")
+    assert same_weights(pair, other)
+    one, two = (load_checkpoint(folder / "checkpoints" / "last.pt")["model"] for folder in (pair, unbroken))
+    for name, weight in one.items():
+        assert torch.allclose(weight, two[name], atol=1e-3), name
+    for folder in (pair, other):
+        ranks = {path.name[-9] for path in (folder / "slurm").glob("*_log.out")}
+        assert ranks == {"0", "1"}
+        found = re.findall(r"initialized with: file://(\S+)\?world_size=2&rank=0", _log(folder))
+        assert [Path(path).parent for path in found] == [folder]
+        assert results(folder)["splits"].keys() == results(unbroken)["splits"].keys()
+
+
+def test_a_sweep_is_an_array(cluster: Cluster) -> None:
+    config = cluster.config("grid", seconds=0, changes={"job": _job(cluster, "grid")})
+    sweep = cluster.folder / "sweep.yml"
+    sweep.write_text("optim.lr_initial: [1.0e-3, 3.0e-3]\noptim.max_epochs: [1]\n")
+    output = run_cli("--config", str(config), "--sweep-yml", str(sweep), "--submit")
+    jobs = cluster.found(output)
+    assert [job.folder.name for job in jobs] == ["grid_run0", "grid_run1"]
+    assert {job.id.partition("_")[0] for job in jobs} == {re.search(r"as job (\d+) ", output)[1]}
+    for job in jobs:
+        job.wait_for_state("COMPLETED")
+    for job, rate in zip(jobs, (1e-3, 3e-3), strict=True):
+        assert yaml.safe_load((job.folder / "config.yml").read_text())["optim"]["lr_initial"] == rate
+        assert load_checkpoint(job.folder / "checkpoints" / "last.pt")["config"]["optim"]["lr_initial"] == rate
+        assert results(job.folder)["run"]["config"] == job.folder.name
+        assert job.text.count("Job completed successfully") > 0
+    weights = [load_checkpoint(job.folder / "checkpoints" / "last.pt")["model"] for job in jobs]
+    assert any(not torch.equal(weight, weights[1][name]) for name, weight in weights[0].items())
+
+
+def test_a_dry_run_submits_nothing(cluster: Cluster) -> None:
+    before = _queue()
+    config = cluster.config("dry", seconds=0)
+    output = run_cli("--config", str(config), "--submit", "--dry-run", "--slurm-time", "1-00", "--slurm-mem", "3")
+    assert "#SBATCH --time=1440\n" in output and "#SBATCH --mem=3072M\n" in output
+    assert re.search(r"SLURM says: .* to start at .* in partition main", output)
+    refused = run_cli("--config", str(config), "--submit", "--dry-run", "--slurm-cpus", "5000")
+    assert "Requested node configuration is not available" in refused
+    assert _queue() == before
+    assert not (cluster.folder / "runs" / "dry").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--slurm-partition", "nowhere"], "invalid partition specified: nowhere"),
+        (["--slurm-mem", "9000"], "Memory specification can not be satisfied"),
+        (["--slurm-extra", "constraint=gold"], "Invalid feature specification"),
+        (["--slurm-extra", "gres=gpu:1"], "Invalid generic resource"),
+    ],
+)
+def test_what_slurm_refuses_is_told(
+    cluster: Cluster, arguments: list[str], message: str, capsys: pytest.CaptureFixture
+) -> None:
+    config = cluster.config("refused", seconds=0)
+    assert faenet_ocp.cli.main(["--config", str(config), "--submit", *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert not _queue()
+
+
+def test_a_job_that_no_node_can_run_is_told(cluster: Cluster, caplog: pytest.LogCaptureFixture) -> None:
+    job = cluster.submit("impossible", "--slurm-cpus", "5000")
+    assert f"job {job.id} waits, and SLURM's reason is PartitionConfig" in caplog.text
+    assert job.show("JobState") == "PENDING"
+
+
+def test_one_run_is_one_job(cluster: Cluster, capsys: pytest.CaptureFixture) -> None:
+    job = cluster.submit("once", "--slurm-extra", "begin=now+1hour")
+    assert faenet_ocp.cli.main(["--config", str(cluster.folder / "once.yml"), "--submit"]) == 2
+    assert f"is in the queue already, as job {job.id}" in capsys.readouterr().err
+    subprocess.run(["scancel", job.id], check=True)
+    wait_for("the job to be cancelled", lambda: not _queue())
+    assert cluster.submit("once", "--slurm-extra", "begin=now+1hour").id != job.id
+
+
+def test_a_failed_job_says_why(cluster: Cluster) -> None:
+    """The data goes away between submission and start: one rank fails, the job ends, and stays out of the queue."""
+    hidden = cluster.folder / "moved.lmdb"
+    data = cluster.data / "is2re" / "all" / "val_id" / "data.lmdb"
+    job = cluster.submit("fails", "--slurm-extra", "begin=now+5", changes={"optim": {"max_epochs": 1}})
+    data.rename(hidden)
+    try:
+        assert job.wait_for_state("FAILED") == "FAILED"
+    finally:
+        hidden.rename(data)
+    assert job.show("ExitCode") == "1:0" and job.show("Restarts") == "0"
+    assert "val_id" in job.text
+
+
+# ------------------------------------------------------------------------------------ interruptions
+def test_a_signal_before_the_start_is_not_lost(cluster: Cluster, unbroken: Path) -> None:
+    """SIGUSR2 during imports would kill submitit's process, and with it the job."""
+    job = cluster.submit("early")
+    wait_for("the job to start", lambda: "Starting with JobEnvironment" in job.text)
+    job.signal("USR2")
+    assert not job.steps
+    job.wait_for_restart()
+    job.wait_for_state("COMPLETED")
+    assert job.resumed_at() == []
+    assert same_weights(job.folder, unbroken)
+
+
+def test_preemption_loses_no_step(cluster: Cluster, pair: Path) -> None:
+    """Another job takes the node from one of two ranks, each with a loader worker."""
+    wandb = {"name": "wandb", "project": "test", "mode": "offline"}
+    changes = {"logger": wandb, "optim": {"num_workers": 1}, "job": _job(cluster, "preempted")}
+    job = cluster.submit("preempted", "--num-gpus", "2", seconds=SLOW, changes=changes)
+    job.wait_for_steps(3)
+    started = time.monotonic()
+    high = ["sbatch", "--parsable", "--partition=high", "--cpus-per-task=16", "--mem=1G", "--wrap=sleep 1"]
+    other = subprocess.run(high, capture_output=True, text=True, check=True, cwd=cluster.folder).stdout.strip()
+    job.wait_for_restart()
+    seconds = time.monotonic() - started
+    reached = job.steps[-1]
+    cluster.release("preempted")
+    job.wait_for_state("COMPLETED")
+    assert Job(other, job.log, job.folder).show("JobState") == "COMPLETED"
+    assert seconds < 60  # the grace time: nobody had to be killed
+    assert_nothing_lost(job, reached)
+    assert reached % 6 or reached == 0  # an epoch has 6 steps, and ends with a checkpoint anyway
+    assert same_weights(job.folder, pair)
+    logs = sorted((job.folder / "logs" / "wandb").glob("offline-run-*"))
+    assert len(logs) == 2 and all(path.name.endswith("-preempted") for path in logs)
+
+
+def test_the_time_limit_loses_no_step(cluster: Cluster, unbroken: Path) -> None:
+    job = cluster.submit("limit", seconds=SLOW)
+    job.wait_for_steps(2)
+    _set_limit(job, minutes=1 + int(_minutes(job.show("RunTime"))))  # less than what SLURM warns before
+    job.wait_for_restart()
+    reached = job.steps[-1]
+    _set_limit(job, minutes=20)
+    cluster.release("limit")
+    job.wait_for_state("COMPLETED")
+    assert "this job is timed-out" in job.text and "remaining timeouts" in job.text
+    assert_nothing_lost(job, reached)
+    assert same_weights(job.folder, unbroken)
+
+
+def test_requeue_loses_no_step(cluster: Cluster, unbroken: Path) -> None:
+    """`scontrol requeue` sends SIGTERM, and SIGKILL soon after; fairchem saves nothing then."""
+    job = cluster.submit("requeued", seconds=SLOW)
+    job.wait_for_steps(2)
+    subprocess.run(["scontrol", "requeue", job.id], check=True)
+    job.wait_for_restart()
+    wait_for("the job to wait", lambda: job.show("JobState") == "PENDING")
+    reached = job.steps[-1]
+    cluster.release("requeued")
+    job.wait_for_state("COMPLETED")
+    assert_nothing_lost(job, reached)
+    assert same_weights(job.folder, unbroken)
+
+
+def test_too_many_timeouts_end_the_run(cluster: Cluster) -> None:
+    job = cluster.submit("limited", seconds=SLOW, changes={"slurm": {"time": "20", "mem_gb": 2, "max_timeouts": 0}})
+    job.wait_for_steps(1)
+    job.signal("USR2")  # so early that submitit takes it for the end of the time
+    assert job.wait_for_state("FAILED", "PENDING", "COMPLETED") == "FAILED"
+    assert "timed-out too many times" in job.text
+
+
+def test_a_node_failure_loses_no_more_than_an_epoch(slurm_folder: Path, cluster: Cluster, pair: Path) -> None:
+    """Everything on the node dies at once; the rendezvous of the dead ranks is left behind."""
+    job = cluster.submit("lost", "--num-gpus", "2", seconds=SLOW)
+    job.wait_for_steps(8)
+    kill_node(slurm_folder, job)
+    reached = job.steps[-1]
+    assert list(job.folder.glob(".distributed-shared-file-*"))
+    time.sleep(1)
+    start_node(slurm_folder)
+    job.wait_for_restart()
+    cluster.release("lost")
+    job.wait_for_state("COMPLETED")
+    (resumed,) = job.resumed_at()
+    assert resumed == 6 * (reached // 6) > 0
+    assert len(list(job.folder.glob(".distributed-shared-file-*"))) <= 1
+    assert same_weights(job.folder, pair)
+
+
+def _job(cluster: Cluster, name: str) -> dict[str, object]:
+    return {"cpu": True, "print_every": 1, "run_dir": str(cluster.folder / "runs"), "identifier": name}
+
+
+def _log(folder: Path) -> str:
+    return next((folder / "slurm").glob("*_0_log.out")).read_text()
+
+
+def _queue() -> list[str]:
+    return subprocess.run(["squeue", "--noheader"], capture_output=True, text=True, check=True).stdout.splitlines()
+
+
+def _set_limit(job: Job, *, minutes: int) -> None:
+    subprocess.run(["scontrol", "update", f"JobId={job.id}", f"TimeLimit={minutes}"], check=True)
+
+
+def _minutes(text: str) -> float:
+    hours, minutes, seconds = (int(part) for part in text.rpartition("-")[2].split(":"))
+    return 60 * hours + minutes + seconds / 60
