@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         SystemExit: stopped by a signal; 130 after Ctrl-C, 143 after SIGTERM.
     """
     flags, overrides = make_parser().parse_known_args(argv)
-    _set_up_logging()
+    set_up_logging()
     try:
         return _run(flags, overrides)
     except (ValueError, OSError, FloatingPointError, local_ranks.RunError) as error:
@@ -240,7 +240,7 @@ def _run_folder(config: Any, mode: str) -> Path:
 
 def _write_configs(run: _Run, mode: str) -> None:
     name = "config.yml" if mode == "train" else f"config_{mode}.yml"
-    _write_config(run.folder / name, run.config.model_dump(mode="json", exclude_none=True))
+    _write_config(run.folder / name, run.config.model_dump(mode="json"))
     if run.values:
         _write_config(run.folder / "sweep_values.yml", run.values)
 
@@ -297,12 +297,13 @@ def _show(folder: Path, mode: str) -> int:
     return 0
 
 
-def _set_up_logging() -> None:
+def set_up_logging(*, dates: bool = False, force: bool = False) -> None:
     """Plain lines of ours; of the host's only warnings, whose start-up would bury them."""
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"))
+    datefmt = "%Y-%m-%d %H:%M:%S" if dates else "%H:%M:%S"
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt=datefmt))
     handler.addFilter(
         lambda record: record.levelno >= logging.WARNING or os.sep + "faenet_ocp" + os.sep in record.pathname
     )
-    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=force)
     warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)  # fairchem's own call

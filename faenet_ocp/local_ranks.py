@@ -102,7 +102,8 @@ def _explain(error: Any) -> Exception:
         raise SystemExit(failure.exitcode)  # the rank itself was asked to stop
     if failure.exitcode < 0:
         return RunError(f"rank {rank} (process {failure.pid}) was killed by {signal.Signals(-failure.exitcode).name}")
-    message = f"rank {rank}: {failure.message}"
+    reason = failure.message
+    message = f"rank {rank}: {reason.get('message', reason) if isinstance(reason, dict) else reason}"
     return ValueError(message) if failure.exitcode == WRONG_INPUT else RunError(message)
 
 

@@ -101,7 +101,9 @@ class Submission:
             "srun_args": ["--kill-on-bad-exit=1"],  # or the others wait for a rank that has failed
             "setup": _setup(),
             "additional_parameters": {
-                key: value for key, value in asked.additional_parameters.items() if value is not False
+                key: value
+                for key, value in ({"requeue": True} | asked.additional_parameters).items()
+                if value is not False
             },
         }
         _check(parameters, folder)

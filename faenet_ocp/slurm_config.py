@@ -9,10 +9,11 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 class SlurmConfig(BaseModel):
     """`slurm:` what `--submit` asks SLURM for; nodes and GPUs (= ranks) on each come from `job:`.
 
-    `time` is in SLURM's own format (`"12:00:00"`, `"2-00"`; a plain number means minutes). A run that reaches it saves
-    and goes back to the queue, at most `max_timeouts` times. `additional_parameters` are any other options of sbatch
-    (`constraint: h100`, `exclusive: true`). Ranks find each other through a file in the run's folder, which every node
-    has to see, or with `rendezvous: tcp` through a port that two jobs on one node would both use.
+    `time` is in SLURM's own format (`"12:00:00"`, `"2-00"`, `"90"`: minutes). A run that reaches it saves and goes back
+    to the queue, at most `max_timeouts` times. `additional_parameters` are any other options of sbatch (`constraint:
+    h100`, `exclusive: true`); false leaves out what is asked for otherwise (`requeue: false`). Ranks find each other
+    through a file in the run's folder, which every node has to see, or with `rendezvous: tcp` through a port that two
+    jobs on one node would both use.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)

@@ -25,6 +25,8 @@ from fairchem.core.launchers.slurm_launch import SlurmSPMDProgram
 from omegaconf import DictConfig
 from submitit.helpers import DelayedSubmission
 
+from faenet_ocp.cli import set_up_logging
+
 GRACE = 60.0
 """Seconds that training has to reach the end of a step and save, before the job goes back to the queue without it."""
 _UNTIL_KILLED = 300.0
@@ -44,7 +46,8 @@ class OCPProgram(SlurmSPMDProgram):
         self.config, self.run_type = dict_config, run_type
         self._leaving, self._stopped = threading.Event(), threading.Event()
         dict_config.job.metadata.array_job_num = _own_rendezvous(dict_config)
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", force=True)
+        set_up_logging(dates=True, force=True)
+        logging.getLogger("submitit").propagate = False  # it writes by itself
         signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         threading.Thread(target=self._watch_signals, name="signals", daemon=True).start()
         try:
@@ -61,10 +64,14 @@ class OCPProgram(SlurmSPMDProgram):
                 child.kill()
 
     def checkpoint(self, *args: Any, **kwargs: Any) -> DelayedSubmission:
-        """What submitit stores for the next start: the same program, whose runner finds its newest checkpoint."""
+        """What submitit stores for the next start: this program, whose runner finds its newest checkpoint by itself.
+
+        A runner that has a state of its own to save is given the chance, as by fairchem.
+        """
         config = self.config.copy()
-        if self.runner is not None:
-            config = super().checkpoint(*args, **kwargs).args[0]
+        path = config.job.metadata.preemption_checkpoint_dir
+        saved = self.runner is not None and self.runner.save_state(path, is_preemption=True)
+        config.job.runner_state_path = path if saved else None
         return DelayedSubmission(OCPProgram(), config)
 
     def _watch_signals(self) -> None:

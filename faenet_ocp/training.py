@@ -290,10 +290,11 @@ class TrainingRun:
             num_bad += len(bad)
             regression.update(composition, energy)
         if distutils.get_world_size() > 1:
-            sums = torch.cat([regression.sums, torch.tensor([float(num_bad)]).double()])
+            shape = regression.sums.shape
+            sums = torch.cat([regression.sums.flatten(), torch.tensor([num_bad], dtype=torch.float64)])
             sums = sums.to(distutils.get_device_for_local_rank())
             dist.all_reduce(sums)
-            regression.sums, num_bad = sums[:-1].cpu(), int(sums[-1])
+            regression.sums, num_bad = sums[:-1].view(shape).cpu(), int(sums[-1])
         bad_samples.add(num_bad)
         return regression
 

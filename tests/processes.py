@@ -25,17 +25,17 @@ MODEL = {
     "num_gaussians": 8,
     "tag_hidden_channels": 4,
     "pg_hidden_channels": 4,
-    "cutoff": 5.0,
-    "max_neighbors": 20,
+    "cutoff": 4.0,
+    "max_neighbors": 12,
 }
 
 
 def write_data(root: Path, *, num_train: int = 12, num_val: int = 5) -> Path:
-    """`root/{train,val}.lmdb`: energies and forces of slabs of 2 to 5 layers, 9 to 22 atoms."""
+    """`root/{train,val}.lmdb`: energies and forces of slabs of 1 to 4 layers, 5 to 18 atoms."""
     for number, (split, count) in enumerate((("train", num_train), ("val", num_val))):
         values = [
             small_data.dump_record(
-                small_data.make_fields(i, task="s2ef", edges=False, seed=number, layers=2 + i % 4), layout="pyg2"
+                small_data.make_fields(i, task="s2ef", edges=False, seed=number, layers=1 + i % 4), layout="pyg2"
             )
             for i in range(count)
         ]

@@ -104,7 +104,7 @@ class Cluster:
         self.folder, self.data = folder, data
         self.jobs: list[Job] = []
 
-    def config(self, name: str, *, seconds: float, changes: Mapping[str, Any] | None = None) -> Path:
+    def config(self, name: str, *, seconds: float, changes: Mapping[str, Mapping[str, Any]] | None = None) -> Path:
         """Writes a small configuration whose steps are slow until `release` is called."""
         model = dict.fromkeys(("tag_hidden_channels", "pg_hidden_channels"), 8)
         content = {
@@ -122,17 +122,18 @@ class Cluster:
             },
             "optim": {
                 "batch_size": 2,
-                "max_epochs": 50,
+                "max_epochs": 20,
                 "eval_every_epochs": None,
                 "warmup_steps": 5,
                 "num_workers": 0,
             },
             "logger": "none",
             "job": {"cpu": True, "print_every": 1, "run_dir": str(self.folder / "runs"), "identifier": name},
-            "slurm": {"time": "20", "mem_gb": 2, "cpus_per_task": 1},
+            "slurm": {"time": "10", "mem_gb": 2, "cpus_per_task": 1},
         }
         for section, values in (changes or {}).items():
-            content[section] = content[section] | values if isinstance(values, Mapping) else values
+            before = content.get(section)
+            content[section] = {**before, **values} if isinstance(before, dict) else values
         path = self.folder / f"{name}.yml"
         path.write_text(yaml.safe_dump(content))
         return path
@@ -141,7 +142,9 @@ class Cluster:
         """Lets a slow run go on at full speed."""
         (self.folder / f"{name}.go").touch()
 
-    def submit(self, name: str, *arguments: str, seconds: float = 0.0, changes: Mapping[str, Any] | None = None) -> Job:
+    def submit(
+        self, name: str, *arguments: str, seconds: float = 0.0, changes: Mapping[str, Mapping[str, Any]] | None = None
+    ) -> Job:
         """Submits one run through the command line."""
         config = self.config(name, seconds=seconds, changes=changes)
         output = run_cli("--config", str(config), "--submit", *arguments)

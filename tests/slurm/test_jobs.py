@@ -3,6 +3,7 @@
 What a job must not lose is compared with an unbroken run, bit for bit.
 """
 
+import json
 import re
 import subprocess
 import time
@@ -20,7 +21,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(900)]
 
 SLOW = 0.3
 """Seconds for each sample of a run that is to be interrupted."""
-NUM_STEPS = 300
+NUM_STEPS = 120
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +46,11 @@ def same_weights(one: Path, two: Path) -> bool:
     return all(torch.equal(weight, second["model"][name]) for name, weight in first["model"].items())
 
 
+def losses(folder: Path) -> list[float]:
+    records = [json.loads(line) for line in (folder / "logs" / "metrics.jsonl").read_text().splitlines()]
+    return [record["train/loss"] for record in records if "train/loss" in record]
+
+
 def assert_nothing_lost(job: Job, interrupted_at: int) -> None:
     """The second start goes on from the very step that the first one ended with."""
     assert job.resumed_at() == [interrupted_at]
@@ -55,19 +61,16 @@ def assert_nothing_lost(job: Job, interrupted_at: int) -> None:
 def test_two_jobs_on_one_node_do_not_meet(cluster: Cluster, pair: Path, unbroken: Path) -> None:
     other = pair.with_name("pair-b")
     assert same_weights(pair, other)
-    one, two = (load_checkpoint(folder / "checkpoints" / "last.pt")["model"] for folder in (pair, unbroken))
-    for name, weight in one.items():
-        assert torch.allclose(weight, two[name], atol=1e-3), name
+    assert losses(pair)[:10] == pytest.approx(losses(unbroken)[:10], rel=1e-3)
     for folder in (pair, other):
         ranks = {path.name[-9] for path in (folder / "slurm").glob("*_log.out")}
         assert ranks == {"0", "1"}
-        found = re.findall(r"initialized with: file://(\S+)\?world_size=2&rank=0", _log(folder))
-        assert [Path(path).parent for path in found] == [folder]
+        assert len(list(folder.glob(".distributed-shared-file-*"))) == 1
         assert results(folder)["splits"].keys() == results(unbroken)["splits"].keys()
 
 
 def test_a_sweep_is_an_array(cluster: Cluster) -> None:
-    config = cluster.config("grid", seconds=0, changes={"job": _job(cluster, "grid")})
+    config = cluster.config("grid", seconds=0)
     sweep = cluster.folder / "sweep.yml"
     sweep.write_text("optim.lr_initial: [1.0e-3, 3.0e-3]\noptim.max_epochs: [1]\n")
     output = run_cli("--config", str(config), "--sweep-yml", str(sweep), "--submit")
@@ -160,7 +163,7 @@ def test_a_signal_before_the_start_is_not_lost(cluster: Cluster, unbroken: Path)
 def test_preemption_loses_no_step(cluster: Cluster, pair: Path) -> None:
     """Another job takes the node from one of two ranks, each with a loader worker."""
     wandb = {"name": "wandb", "project": "test", "mode": "offline"}
-    changes = {"logger": wandb, "optim": {"num_workers": 1}, "job": _job(cluster, "preempted")}
+    changes = {"logger": wandb, "optim": {"num_workers": 1}}
     job = cluster.submit("preempted", "--num-gpus", "2", seconds=SLOW, changes=changes)
     job.wait_for_steps(3)
     started = time.monotonic()
@@ -186,7 +189,7 @@ def test_the_time_limit_loses_no_step(cluster: Cluster, unbroken: Path) -> None:
     _set_limit(job, minutes=1 + int(_minutes(job.show("RunTime"))))  # less than what SLURM warns before
     job.wait_for_restart()
     reached = job.steps[-1]
-    _set_limit(job, minutes=20)
+    _set_limit(job, minutes=10)
     cluster.release("limit")
     job.wait_for_state("COMPLETED")
     assert "this job is timed-out" in job.text and "remaining timeouts" in job.text
@@ -209,9 +212,9 @@ def test_requeue_loses_no_step(cluster: Cluster, unbroken: Path) -> None:
 
 
 def test_too_many_timeouts_end_the_run(cluster: Cluster) -> None:
-    job = cluster.submit("limited", seconds=SLOW, changes={"slurm": {"time": "20", "mem_gb": 2, "max_timeouts": 0}})
+    job = cluster.submit("limited", seconds=SLOW, changes={"slurm": {"max_timeouts": 0}})
     job.wait_for_steps(1)
-    job.signal("USR2")  # so early that submitit takes it for the end of the time
+    job.signal("USR2")  # submitit takes the last ten minutes of a time limit for its end
     assert job.wait_for_state("FAILED", "PENDING", "COMPLETED") == "FAILED"
     assert "timed-out too many times" in job.text
 
@@ -232,14 +235,6 @@ def test_a_node_failure_loses_no_more_than_an_epoch(slurm_folder: Path, cluster:
     assert resumed == 6 * (reached // 6) > 0
     assert len(list(job.folder.glob(".distributed-shared-file-*"))) <= 1
     assert same_weights(job.folder, pair)
-
-
-def _job(cluster: Cluster, name: str) -> dict[str, object]:
-    return {"cpu": True, "print_every": 1, "run_dir": str(cluster.folder / "runs"), "identifier": name}
-
-
-def _log(folder: Path) -> str:
-    return next((folder / "slurm").glob("*_0_log.out")).read_text()
 
 
 def _queue() -> list[str]:
