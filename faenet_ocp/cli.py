@@ -5,7 +5,6 @@ import logging
 import os
 import re
 import sys
-import warnings
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 
-from faenet_ocp import local_ranks
+from faenet_ocp import local_ranks, log_setup
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -90,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         SystemExit: stopped by a signal; 130 after Ctrl-C, 143 after SIGTERM.
     """
     flags, overrides = make_parser().parse_known_args(argv)
-    set_up_logging()
+    log_setup.set_up_logging()
     try:
         return _run(flags, overrides)
     except (ValueError, OSError, FloatingPointError, local_ranks.RunError) as error:
@@ -295,15 +294,3 @@ def _show(folder: Path, mode: str) -> int:
         sys.stdout.write(f"\n{table.read_text(encoding='utf-8')}\n")
     sys.stdout.write(f"results: {folder}\n")
     return 0
-
-
-def set_up_logging(*, dates: bool = False, force: bool = False) -> None:
-    """Plain lines of ours; of the host's only warnings, whose start-up would bury them."""
-    handler = logging.StreamHandler()
-    datefmt = "%Y-%m-%d %H:%M:%S" if dates else "%H:%M:%S"
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt=datefmt))
-    handler.addFilter(
-        lambda record: record.levelno >= logging.WARNING or os.sep + "faenet_ocp" + os.sep in record.pathname
-    )
-    logging.basicConfig(level=logging.INFO, handlers=[handler], force=force)
-    warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)  # fairchem's own call

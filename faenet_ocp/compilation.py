@@ -38,8 +38,8 @@ def compile_model(model: nn.Module, *, backend: str | Callable[..., Any] = "indu
     if not found:
         logger.warning("compile: the model has no FAENet block, nothing is compiled")
     for block in found:
-        block.compile(dynamic=True, backend=backend)
-        block._compiled_call_impl = _with_fallback(block, block._compiled_call_impl)
+        compiled = torch.compile(block._call_impl, dynamic=True, backend=backend)
+        block._compiled_call_impl = _with_fallback(block, compiled)
     return len(found)
 
 

@@ -29,12 +29,12 @@ class Knots(NamedTuple):
 
     Attributes:
         values: the function at the knots, (K, channels).
-        index: knots that each edge is interpolated from, (E, 4).
+        near: the knots that each edge is interpolated from, (E, 4).
         weight: their weights, (E, 4), constants in derivatives.
     """
 
     values: Tensor
-    index: Tensor
+    near: Tensor
     weight: Tensor
 
 
@@ -45,14 +45,14 @@ def cubic_interpolation(place: Tensor) -> tuple[Tensor, Tensor]:
         place: (E,), from 0 to K - 4.
 
     Returns:
-        index (E, 4) int32 and weight (E, 4), as in `Knots`. The error is at most 9/384 of the fourth derivative.
+        near (E, 4) int32 and weight (E, 4), as in `Knots`. The error is at most 9/384 of the fourth derivative.
     """
     below = place.floor()
     u = place - below
-    index = below.int()[:, None] + torch.arange(4, dtype=torch.int32, device=place.device)
+    near = below.int()[:, None] + torch.arange(4, dtype=torch.int32, device=place.device)
     before, after, beyond = u + 1, u - 1, u - 2
     weight = [-u * after * beyond / 6, before * after * beyond / 2, -before * u * beyond / 2, before * u * after / 6]
-    return index, torch.stack(weight, dim=1)
+    return near, torch.stack(weight, dim=1)
 
 
 def segment_sum(values: Tensor, index: Tensor, size: int) -> Tensor:
@@ -96,14 +96,15 @@ def filtered_sum(
     Returns:
         (N, M).
     """
+    knot_values, near, knot_weight = (None, None, None) if knots is None else knots
     if torch.is_autocast_enabled(e.device.type):
         dtype = torch.get_autocast_dtype(e.device.type)
         e, weight, nodes = e.to(dtype), weight.to(dtype), nodes.to(dtype)
-        knots = knots and Knots(knots.values.to(dtype), knots.index, knots.weight.to(dtype))
+        if knot_values is not None and knot_weight is not None:
+            knot_values, knot_weight = knot_values.to(dtype), knot_weight.to(dtype)
+    function = plain_filtered_sum if torch.compiler.is_compiling() else _FilteredSum.apply
     with torch.autocast(e.device.type, enabled=False):
-        if torch.compiler.is_compiling():
-            return plain_filtered_sum(e, weight, nodes, values, *(knots or (None,) * 3), source, target, act)
-        return _FilteredSum.apply(e, weight, nodes, values, *(knots or (None,) * 3), source, target, act)
+        return function(e, weight, nodes, values, knot_values, near, knot_weight, source, target, act)
 
 
 def plain_filtered_sum(
@@ -112,7 +113,7 @@ def plain_filtered_sum(
     nodes: Tensor,
     values: Tensor,
     knot_values: Tensor | None,
-    knot_index: Tensor | None,
+    near: Tensor | None,
     knot_weight: Tensor | None,
     source: Tensor,
     target: Tensor,
@@ -121,8 +122,8 @@ def plain_filtered_sum(
     """`filtered_sum`, over all edges at once: what a compiler takes, and what derivatives of derivatives come from."""
     a, b = nodes.chunk(2, dim=1)
     filters = functional.linear(e, weight) + a.index_select(0, source) + b.index_select(0, target)
-    if knot_values is not None and knot_index is not None and knot_weight is not None:
-        filters = filters + (knot_values[knot_index] * knot_weight.unsqueeze(2)).sum(dim=1)
+    if knot_values is not None and near is not None and knot_weight is not None:
+        filters = filters + (knot_values[near] * knot_weight.unsqueeze(2)).sum(dim=1)
     return segment_sum(act(filters) * values.index_select(0, source), target, len(values))
 
 
@@ -137,7 +138,7 @@ class _FilteredSum(torch.autograd.Function):
         nodes: Tensor,
         values: Tensor,
         knot_values: Tensor | None,
-        knot_index: Tensor | None,
+        near: Tensor | None,
         knot_weight: Tensor | None,
         source: Tensor,
         target: Tensor,
@@ -151,16 +152,16 @@ class _FilteredSum(torch.autograd.Function):
         m = torch.zeros_like(values)
         for rows in edge_blocks(len(e), e.device):
             linear = functional.embedding_bag(bags[rows], table, mode="sum")
-            if knot_values is not None:
-                linear += _interpolate(knot_values, knot_index[rows], knot_weight[rows])
+            if knot_values is not None and near is not None and knot_weight is not None:
+                linear += functional.embedding_bag(
+                    near[rows], knot_values, mode="sum", per_sample_weights=knot_weight[rows]
+                )
             linear.addmm_(e[rows], weight.t())
             if keep:
                 kept[rows] = linear
             m.index_add_(0, target[rows], act(linear) * values.index_select(0, source[rows]))
         ctx.act = act
-        ctx.save_for_backward(
-            e, weight, nodes, values, knot_values, knot_index, knot_weight, source, target, kept
-        )
+        ctx.save_for_backward(e, weight, nodes, values, knot_values, near, knot_weight, source, target, kept)
         return m
 
     @staticmethod
@@ -169,42 +170,26 @@ class _FilteredSum(torch.autograd.Function):
         if torch.is_grad_enabled():  # the gradient itself is to be differentiated
             gradients = _differentiable_gradients(arguments, ctx.act, grad_outputs[0], ctx.needs_input_grad[:5])
         else:
-            gradients = _gradients(*arguments, kept, ctx.act, grad_outputs[0], with_edges=ctx.needs_input_grad[0])
+            gradients = _gradients(arguments, kept, ctx.act, grad_outputs[0], with_edges=ctx.needs_input_grad[0])
         return *gradients, None, None, None, None, None
 
 
-def _interpolate(values: Tensor, index: Tensor, weight: Tensor) -> Tensor:
-    return functional.embedding_bag(index, values, mode="sum", per_sample_weights=weight)
-
-
 def _differentiable_gradients(
-    arguments: list[Tensor], act: Activation, grad_m: Tensor, needed: tuple[bool, ...]
+    arguments: list[Any], act: Activation, grad_m: Tensor, needed: tuple[bool, ...]
 ) -> list[Tensor | None]:
     # Views: one argument may have been computed from another, whose gradient here is the direct one alone.
     arguments = [None if argument is None else argument.view_as(argument) for argument in arguments]
-    m = plain_filtered_sum(*arguments, act)
+    m = plain_filtered_sum(*[*arguments, act])
     inputs = [argument for argument, needs in zip(arguments, needed, strict=False) if needs]
     found = iter(torch.autograd.grad(m, inputs, grad_m, create_graph=True))
     return [next(found) if needs else None for needs in needed]
 
 
 def _gradients(
-    e: Tensor,
-    weight: Tensor,
-    nodes: Tensor,
-    values: Tensor,
-    knot_values: Tensor | None,
-    knot_index: Tensor,
-    knot_weight: Tensor,
-    source: Tensor,
-    target: Tensor,
-    kept: Tensor,
-    act: Activation,
-    grad_m: Tensor,
-    *,
-    with_edges: bool,
+    arguments: list[Any], kept: Tensor, act: Activation, grad_m: Tensor, *, with_edges: bool
 ) -> list[Tensor | None]:
     """Gradients by the first five arguments, a block of edges at a time; sums in the precision of the values."""
+    e, weight, nodes, values, knot_values, near, knot_weight, source, target = arguments
     grad_e = torch.empty_like(e) if with_edges else None
     grad_weight = torch.zeros_like(weight, dtype=values.dtype)
     grad_a, grad_b, grad_values = (torch.zeros_like(values) for _ in range(3))
@@ -225,12 +210,12 @@ def _gradients(
         grad_a.index_add_(0, j, grad_linear)
         grad_b.index_add_(0, i, grad_linear)
         if grad_knots is not None:
-            for knot, share in zip(knot_index[rows].unbind(1), knot_weight[rows].unbind(1), strict=True):
+            for knot, share in zip(near[rows].unbind(1), knot_weight[rows].unbind(1), strict=True):
                 grad_knots.index_add_(0, knot, grad_linear * share.to(grad_linear.dtype).unsqueeze(1))
     return [
         grad_e,
         grad_weight.to(weight.dtype),
         torch.cat([grad_a, grad_b], dim=1).to(nodes.dtype),
         grad_values,
-        grad_knots if knot_values is None or grad_knots is None else grad_knots.to(knot_values.dtype),
+        None if grad_knots is None else grad_knots.to(knot_values.dtype),
     ]

@@ -254,7 +254,13 @@ class EdgeEmbedding(nn.Module):
         return usable and fast and edge_vec.dtype != torch.float64 and not torch.compiler.is_compiling()
 
     def with_knots(self, edge_vec: Tensor) -> tuple[Tensor, Knots]:
-        """The first channels of e_ij, those of r_ij, (E, F // 2), and the others as a function of the distance."""
+        """The first channels of e_ij, those of r_ij, (E, F // 2), and the others as a function of the distance.
+
+        Raises:
+            ValueError: the embedding is not `all_rij` in one layer.
+        """
+        if self.lin_rbf is None or self.lin_2 is not None:
+            raise ValueError("no channels of the edge embedding depend on the distance alone")
         place = self.smearing.place(torch.linalg.vector_norm(edge_vec, dim=1))
         values = self.act(self.lin_rbf(self.smearing(self.smearing.knots())))
         return self.act(self.lin(edge_vec)), Knots(values, *cubic_interpolation(place))

@@ -25,7 +25,7 @@ from fairchem.core.launchers.slurm_launch import SlurmSPMDProgram
 from omegaconf import DictConfig
 from submitit.helpers import DelayedSubmission
 
-from faenet_ocp.cli import set_up_logging
+from faenet_ocp.log_setup import set_up_logging
 
 GRACE = 60.0
 """Seconds that training has to reach the end of a step and save, before the job goes back to the queue without it."""

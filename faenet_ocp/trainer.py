@@ -5,6 +5,7 @@ A run lives in one folder: `config.yml` (resolved), `checkpoints/`, `logs/`, `re
 
 import hashlib
 import logging
+import signal
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -148,16 +149,12 @@ class OCPRunner(Runner):
         return False
 
     def stop_soon(self) -> bool:
-        """Asks training to save and to stop after the present step, on all ranks; may be called from any thread.
+        """What a SLURM job calls, from any thread: asks training to save and to stop after the present step.
 
         Returns:
-            whether there is something to stop: not before the first step.
+            False when no steps are being done, and there is nothing to save.
         """
-        unit = getattr(self._training, "unit", None)
-        if unit is None:
-            return False
-        unit.stop_requested = True
-        return True
+        return self._training is not None and self._training.request_stop(128 + signal.SIGTERM)
 
     def run(self) -> None:
         """Trains if asked to, then evaluates or predicts and writes the results."""

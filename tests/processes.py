@@ -1,10 +1,16 @@
 """Small runs in processes of their own, on data whose systems have different numbers of atoms."""
 
 import json
+import logging
 import multiprocessing
+import multiprocessing.context
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +20,8 @@ import torch.distributed as dist
 import yaml
 
 import small_data
+from faenet_ocp import local_ranks
+from faenet_ocp.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
 MAIN = [sys.executable, str(ROOT / "main.py")]
@@ -48,7 +56,12 @@ def write_config(path: Path, root: Path, *, task: str = "s2ef", **sections: dict
     config: dict[str, Any] = {
         "trainer": "faenet",
         "task": task,
-        "dataset": {"name": "small", "root": str(root), "train": {"src": "train.lmdb"}, "val": {"v": {"src": "val.lmdb"}}},
+        "dataset": {
+            "name": "small",
+            "root": str(root),
+            "train": {"src": "train.lmdb"},
+            "val": {"v": {"src": "val.lmdb"}},
+        },
         "model": dict(MODEL),
         "frames": {"dim": 3, "group": "E", "method": "stochastic"},
         "outputs": {"energy": {"normalizer": "fit", "element_references": "fit"}},
@@ -96,9 +109,7 @@ def on_ranks(world_size: int, function: Callable[[int], Any], folder: Path) -> l
     queue = context.Queue()
 
     def work(rank: int) -> None:
-        dist.init_process_group(
-            "gloo", init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=world_size
-        )
+        dist.init_process_group("gloo", init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=world_size)
         queue.put((rank, function(rank)))
         dist.barrier()
 
@@ -110,6 +121,82 @@ def on_ranks(world_size: int, function: Callable[[int], Any], folder: Path) -> l
         process.join(timeout=60)
         assert process.exitcode == 0
     return [results[rank] for rank in range(world_size)]
+
+
+def forked(
+    arguments: Sequence[str], log: Path, *, prepare: Callable[[], None] | None = None, ranks: int = 1
+) -> list[multiprocessing.context.ForkProcess]:
+    """The command line in forked processes, one for each rank: real processes without seconds of imports.
+
+    Args:
+        arguments: of `cli.main`.
+        log: file for stdout and stderr.
+        prepare: called in each process first, e.g. to arrange its end.
+        ranks: processes; they meet as torch elastic would have them meet.
+    """
+    context = multiprocessing.get_context("fork")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    started = []
+    for rank in range(ranks):
+        process = context.Process(target=_forked, args=(list(arguments), log, prepare, rank, ranks, port))
+        process.start()
+        started.append(process)
+    return started
+
+
+def _forked(
+    arguments: list[str], log: Path, prepare: Callable[[], None] | None, rank: int, ranks: int, port: int
+) -> None:
+    os.setpgid(0, 0)
+    stream = log.open("a", buffering=1)
+    sys.stdout = sys.stderr = stream
+    logging.getLogger().handlers.clear()
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
+    torch.set_num_threads(1)
+    status: Any = 1
+    try:
+        if ranks > 1:
+            from fairchem.core.launchers.slurm_launch import runner_wrapper
+
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            arguments = [*arguments, "--num-gpus", str(ranks)]
+            local_ranks._launch_ranks = runner_wrapper
+        if prepare is not None:
+            prepare()
+        status = main(arguments)
+    except SystemExit as stop:
+        status = stop.code
+    except BaseException:
+        traceback.print_exc(file=stream)
+    finally:
+        stream.flush()
+        os._exit(status)
+
+
+def finish(processes: Sequence[multiprocessing.context.ForkProcess], *, timeout: float = 240) -> list[int | None]:
+    """Exit codes (negative: a signal) once all have ended; whoever has not in time is killed, code None."""
+    deadline = time.monotonic() + timeout
+    codes = []
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+        codes.append(process.exitcode)
+    for process in processes:
+        if process.exitcode is None:
+            process.kill()
+    return codes
+
+
+def wait_for(condition: Callable[[], Any], *, timeout: float = 240) -> Any:
+    """Polls until the condition holds."""
+    deadline = time.monotonic() + timeout
+    while not (found := condition()):
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+    return found
 
 
 def differences(one: Any, two: Any, place: str = "") -> list[str]:

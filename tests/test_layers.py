@@ -12,17 +12,20 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "faenet_ocp"
 # Lower layers first; a file may import only from files listed before it.
 LAYERS = [
-    "versions options elements references edge_sums graph frames restricted_pickle lmdb_writer extxyz download".split(),
-    "embedding message_passing force_head lmdb_records evaluation plots".split(),
-    "lmdb_files faenet transforms report demo_systems prepare_s2ef".split(),
-    "reference_weights lmdb_dataset checkpoint config demo".split(),
-    "backbone loader loggers tasks".split(),
-    "build unit validation prediction submission".split(),
-    "training calculator".split(),
-    "trainer relaxation".split(),
+    "versions options elements references graph frames restricted_pickle lmdb_writer extxyz download".split(),
+    "edge_sums rank_norm bad_samples local_ranks log_setup slurm_config slurm_start demo_emt".split(),
+    "checkpoint config demo_systems evaluation force_head lmdb_records loader message_passing transforms".split(),
+    "compilation demo_files embedding lmdb_files loggers plots report sweep tasks".split(),
+    "demo faenet lmdb_dataset prediction prepare_s2ef unit validation".split(),
+    "backbone reference_weights submission".split(),
+    ["build"],
+    "calculator training".split(),
+    "fairchem_export relaxation trainer".split(),
+    "relaxation_run slurm_job".split(),
+    ["slurm"],
     ["cli"],
 ]
-TORCH_ONLY = {"frames", "elements", "edge_sums", "embedding", "message_passing", "faenet", "force_head", "options"}
+TORCH_ONLY = set("frames elements edge_sums embedding message_passing faenet force_head rank_norm options".split())
 
 
 def _imports(path: Path) -> set[str]:

@@ -48,8 +48,9 @@ class _Runs:
                     "clip_grad_norm": 50.0,
                     "ema_decay": 0.9,
                     "grad_accumulation": 2,
-                    # Biases before a norm have a gradient of exactly 0, of which AdamW would make steps of rounding.
+                    # Biases before a norm have a gradient of exactly 0: AdamW would make steps of its rounding.
                     "optimizer": "SGD" if precision == "float32" else "AdamW",
+                    "optimizer_params": {} if precision == "float32" else {"eps": 1e-4},
                     "balance": "atoms" if ranks > 1 else "systems",
                 },
                 job={"precision": precision},

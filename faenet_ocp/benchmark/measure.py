@@ -1,7 +1,7 @@
 """Time and memory of functions, measured in turn: A B A B ..., never all of A and then all of B.
 
-On a CPU two times are taken. Ratios are of processor time, which other users of a shared machine disturb least (with one
-thread it is the time that an idle machine would take); wall time is kept beside it. On CUDA, events are used.
+On a CPU two times are taken. Ratios are of processor time, which other users of a shared machine disturb least (with
+one thread it is close to the time that an idle machine takes); wall time is kept beside it. On CUDA, events are used.
 """
 
 import time

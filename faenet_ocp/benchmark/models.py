@@ -135,7 +135,13 @@ def published(task: str, options: dict[str, Any], *, amp: bool = False) -> Conte
         ImportError: the package is not installed.
     """
     torch.manual_seed(0)
-    arguments = {**options, "complex_mp": True, "second_layer_MLP": False, "energy_head": _ENERGY_HEAD, "cutoff": CUTOFF}
+    arguments = {
+        **options,
+        "complex_mp": True,
+        "second_layer_MLP": False,
+        "energy_head": _ENERGY_HEAD,
+        "cutoff": CUTOFF,
+    }
     model = build_published(arguments, forces=task == "s2ef", force_hidden_channels=_FORCE_CHANNELS)
 
     def predict(batch: AtomicData) -> Outputs:
@@ -152,12 +158,12 @@ _KEYS = {"is2re": ("energy",), "s2ef": ("energy", "forces")}
 
 def same_weights(ours: Contender, theirs: Contender) -> None:
     """Give ours the weights of the published package's."""
-    heads = ours.module.output_heads
+    model: Any = ours.module
     load_reference_state_dict(
         theirs.module.state_dict(),
-        model=ours.module.backbone,  # type: ignore[arg-type]
-        energy_head=heads["energy"],
-        force_head=heads["forces"] if "forces" in heads else None,
+        model=model.backbone,
+        energy_head=model.output_heads["energy"],
+        force_head=dict(model.output_heads.items()).get("forces"),
     )
 
 

@@ -24,9 +24,13 @@ def build_published(options: dict, *, forces: bool, force_hidden_channels: int) 
     """
     shim = types.ModuleType("torch_scatter")
     shim.scatter = scatter  # type: ignore[attr-defined]
-    with patch.dict(sys.modules, {"torch_scatter": shim}):
+    missing = sys.modules.setdefault("torch_scatter", shim) is shim
+    try:
         import faenet.embedding
         import faenet.model
+    finally:
+        if missing:
+            del sys.modules["torch_scatter"]
     table = element_table()
     columns = dict(zip(PROPERTIES, table.properties[1:].T.numpy(), strict=True))
     energies = {name: columns.pop(name) for name in ("IE1", "IE2")}

@@ -1,0 +1,65 @@
+"""The result of `suite.run` as a Markdown table and as a picture."""
+
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+_HEADS = ("model", "parameters", "systems", "atoms", "edges", "speed-up", "(wall)", "us/atom", "peak MB", "difference")
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """One table a group. Speed-ups are against the first row, from medians."""
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    lines = [f"{result['device']}, {result['threads']} thread(s), {versions}, {result['date'][:10]}", ""]
+    for group in result["groups"]:
+        lines += [f"### {group['name']}: {group['task'].upper()}, {group.get('mode', '')}".rstrip(", "), ""]
+        if "unavailable" in group:
+            lines += [f"not available: {group['unavailable']}", ""]
+            continue
+        lines += [_line(_HEADS), _line(["---"] + ["---:"] * (len(_HEADS) - 1))]
+        lines += [_line(_cells(row)) for row in group["rows"]]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    peak = row["peak_bytes"]
+    differences = row.get("difference")
+    return [
+        row["model"],
+        f"{row['parameters'] / 1e6:.2f} M",
+        str(row["systems"]),
+        str(row["atoms"]),
+        str(row["edges"]),
+        f"{row['speed_up']:.2f}",
+        f"{row['speed_up_wall']:.2f}",
+        f"{1e6 * median(row['seconds']) / row['atoms']:.0f}",
+        "" if peak is None else f"{peak / 1e6:.0f}",
+        "" if differences is None else f"{max(differences.values()):.0e}",
+    ]
+
+
+def _line(cells: Any) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Systems a second against parameters, inference, relative to the slowest model of each task (PNG)."""
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    groups = [group for group in result["groups"] if group["name"] == "peers" and group["mode"] == "inference"]
+    axes = figure.subplots(1, max(1, len(groups)), squeeze=False)[0]
+    for axis, group in zip(axes, groups, strict=False):
+        slowest = max(median(row["seconds"]) for row in group["rows"])
+        for row in group["rows"]:
+            place = (row["parameters"] / 1e6, slowest / median(row["seconds"]))
+            axis.scatter(*place)
+            axis.annotate(row["model"], place, xytext=(4, 4), textcoords="offset points", fontsize=8)
+        axis.set(title=group["task"].upper(), xlabel="parameters (millions)", ylabel="inference speed (slowest = 1)")
+        axis.set_yscale("log")
+        axis.margins(0.2)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
