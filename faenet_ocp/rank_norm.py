@@ -9,9 +9,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from fairchem.core.common import distutils
 from torch import Tensor, nn
 from torch_geometric.nn.norm import GraphNorm
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 class _SumOverRanks(torch.autograd.Function):
@@ -51,7 +54,7 @@ class RankBatchNorm(nn.BatchNorm1d):
         super().__init__(num_features)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or distutils.get_world_size() == 1:
+        if not self.training or _world_size() == 1:
             return super().forward(x)
         mean, count = _mean_over_ranks(x)
         # From centred values: the difference of two large means would lose digits.
@@ -68,7 +71,7 @@ class RankGraphNorm(GraphNorm):
     """GraphNorm; without systems (`batch` None) it normalises over all atoms of the batch, here of all ranks."""
 
     def forward(self, x: Tensor, batch: Tensor | None = None, batch_size: int | None = None) -> Tensor:
-        if batch is not None or not self.training or distutils.get_world_size() == 1:
+        if batch is not None or not self.training or _world_size() == 1:
             return super().forward(x, batch, batch_size)
         mean, _ = _mean_over_ranks(x)
         out = x - mean * self.mean_scale
