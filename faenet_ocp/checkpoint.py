@@ -19,6 +19,7 @@ import io
 import logging
 import os
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,9 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"checkpoint {path}: there is no such file")
     try:
+        with zipfile.ZipFile(path) as archive:  # torch.load does not look at the check sums
+            if (damaged := archive.testzip()) is not None:
+                raise ValueError(f"{damaged} is damaged")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for truncated, foreign and refused files
         raise ValueError(f"checkpoint {path}: not readable ({type(error).__name__}: {str(error)[:300]})") from error

@@ -298,6 +298,8 @@ def load_yaml(path: Path, _chain: tuple[Path, ...] = ()) -> dict[str, Any]:
         content = yaml.load(path.read_text(), Loader=_Loader)  # a SafeLoader
     except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
+    except RecursionError as error:
+        raise ValueError(f"{path}: nested too deeply") from error
     if content is None:
         content = {}
     if not isinstance(content, dict):
@@ -346,6 +348,8 @@ def parse_value(text: str) -> Any:
         return yaml.load(text, Loader=_Loader)  # a SafeLoader
     except yaml.YAMLError as error:
         raise ValueError(f"{text!r} is not a YAML value: {error}") from error
+    except RecursionError as error:
+        raise ValueError(f"{text[:100]!r}...: nested too deeply") from error
 
 
 def build_config(raw: Mapping[str, Any]) -> Config:

@@ -102,6 +102,8 @@ def filtered_sum(
         e, weight, nodes = e.to(dtype), weight.to(dtype), nodes.to(dtype)
         if knot_values is not None and knot_weight is not None:
             knot_values, knot_weight = knot_values.to(dtype), knot_weight.to(dtype)
+    if not torch.is_grad_enabled():
+        weight = weight.detach()  # a parameter would seem to need what only a gradient needs
     function = plain_filtered_sum if torch.compiler.is_compiling() else _FilteredSum.apply
     with torch.autocast(e.device.type, enabled=False):
         return function(e, weight, nodes, values, knot_values, near, knot_weight, source, target, act)

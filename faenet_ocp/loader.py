@@ -5,7 +5,8 @@ samples, batch size), never on the number of ranks or workers: global batch b is
 ranks, and so is each of its micro-batches; ranks share them as evenly as possible.
 """
 
-import signal
+import gc
+import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, Self
@@ -200,15 +201,16 @@ def make_loader(
         num_workers=num_workers,
         persistent_workers=persistent and num_workers > 0,
         multiprocessing_context=context if num_workers > 0 else None,
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=_begin_worker,
         pin_memory=pin_memory,
     )
 
 
-def _ignore_signals(_worker: int) -> None:
+def _begin_worker(_worker: int) -> None:
     """Ctrl-C and `timeout` signal the whole process group: the training process decides when its workers end.
 
-    Workers end when it closes the loader, and within seconds when it dies.
+    Without them it could not finish its step. Workers end when it closes the loader, and within seconds when it dies.
+    What a forked worker inherits is not its to free: process groups wait for threads that it does not have.
     """
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, signal.SIG_IGN)
+    os.setpgid(0, 0)
+    gc.freeze()

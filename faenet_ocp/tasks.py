@@ -66,7 +66,7 @@ class SummedLoss(nn.Module):
 
     def num_terms(self, target: Tensor, mask: Tensor) -> Tensor:
         """How many terms the sum has: systems, atoms (l2mae) or force components."""
-        per_row = target[0].numel() if self.by_component else 1
+        per_row = target.shape[1:].numel() if self.by_component else 1
         return mask.sum() * per_row
 
 

@@ -12,6 +12,7 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -49,14 +50,17 @@ def main(argv: list[str] | None = None) -> None:
     )
     torch.set_num_threads(args.threads)
     try:
-        result = run(settings)
+        result = run(settings, save=lambda result: _save(result, args.output))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(result, indent=1) + "\n")
-    args.output.with_suffix(".md").write_text(markdown(result))
-    draw(result, args.output.with_suffix(".png"))
     sys.stdout.write(markdown(result) + "\n")
+
+
+def _save(result: dict[str, Any], output: Path) -> None:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(result, indent=1) + "\n")
+    output.with_suffix(".md").write_text(markdown(result))
+    draw(result, output.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Small runs in processes of their own, on data whose systems have different numbers of atoms."""
 
+import gc
 import json
 import logging
 import multiprocessing
@@ -150,6 +151,7 @@ def _forked(
     arguments: list[str], log: Path, prepare: Callable[[], None] | None, rank: int, ranks: int, port: int
 ) -> None:
     os.setpgid(0, 0)
+    gc.freeze()  # what the tests' process has left is not for this one to tidy up
     stream = log.open("a", buffering=1)
     sys.stdout = sys.stderr = stream
     logging.getLogger().handlers.clear()
@@ -173,6 +175,8 @@ def _forked(
     except BaseException:
         traceback.print_exc(file=stream)
     finally:
+        for worker in multiprocessing.active_children():
+            worker.kill()
         stream.flush()
         os._exit(status)
 

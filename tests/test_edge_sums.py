@@ -1,4 +1,4 @@
-"""Sums over edges in blocks: equal to the plain formula, with all derivatives, and interpolation of the distance part."""
+"""Sums over edges in blocks: equal to the plain formula, with all derivatives; interpolation of the distance part."""
 
 import pytest
 import torch
@@ -57,7 +57,7 @@ def test_blocks_of_edges_give_the_sum_over_each_edge(with_knots):
 
 def test_one_argument_computed_from_another_is_not_counted_twice():
     """In a network the values are embeddings from which `nodes` was computed."""
-    (e, weight, nodes, values, _), source, target, *_ = random_arguments()
+    (e, weight, _, values, _), source, target, *_ = random_arguments()
     mix = torch.randn(CHANNELS, 2 * CHANNELS, dtype=torch.float64)
 
     def ours(values):
@@ -73,6 +73,17 @@ def test_only_what_is_needed_gets_a_gradient():
 
     assert e.grad is None
     assert all(x.grad is not None for x in (weight, nodes, values))
+
+
+def test_nothing_is_kept_without_gradients(monkeypatch):
+    (e, weight, nodes, values, _), source, target, *_ = random_arguments()
+    kept = []
+    monkeypatch.setattr(torch.autograd.function.FunctionCtx, "save_for_backward", lambda ctx, *x: kept.append(x[-1]))
+    filtered_sum(e, weight, nodes, values, source, target, silu)
+    with torch.no_grad():
+        filtered_sum(e.detach(), weight, nodes.detach(), values.detach(), source, target, silu)
+
+    assert [len(tensor) for tensor in kept] == [NUM_EDGES, 0]
 
 
 def test_no_edges():
@@ -111,7 +122,7 @@ def test_knots_reach_from_zero_to_where_the_gaussians_vanish():
 def compare_with_and_without_knots(monkeypatch, scale=1.0, **options):
     """Predictions of a network, and gradients of its parameters, with the distance interpolated and not."""
     monkeypatch.setattr(edge_sums, "EDGES_PER_BLOCK", 256)
-    inputs = make_inputs(slabs(6))
+    inputs = make_inputs(slabs(16))
     results = []
     for interpolated in (True, False):
         parts = build(**options)
@@ -146,12 +157,12 @@ def test_nor_with_large_weights(monkeypatch):
     [({}, torch.float64), ({"second_layer_MLP": True}, torch.float32), ({"edge_embed_type": "all"}, torch.float32)],
 )
 def test_where_nothing_is_interpolated(options, dtype):
-    inputs = make_inputs(slabs(6), dtype)
+    inputs = make_inputs(slabs(16), dtype)
     assert not build(dtype, **options)[0].edge_embedding.tabulates(inputs.edge_vec)
 
 
 def test_derivatives_by_the_positions_are_not_of_an_interpolation():
-    inputs = make_inputs(slabs(6))
+    inputs = make_inputs(slabs(16))
     parts = build()
     vectors = inputs.edge_vec.clone().requires_grad_()
     assert not parts[0].edge_embedding.tabulates(vectors)

@@ -4,6 +4,7 @@ On a CPU two times are taken. Ratios are of processor time, which other users of
 one thread it is close to the time that an idle machine takes); wall time is kept beside it. On CUDA, events are used.
 """
 
+import ctypes
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -64,6 +65,7 @@ def _peak(function: Callable[[], Any], device: torch.device) -> int | None:
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
     try:
+        _give_back_free_memory()
         _CLEAR.write_text("5")  # Linux: the peak of resident memory starts anew
         before = _resident("VmRSS")
         function()
@@ -71,6 +73,13 @@ def _peak(function: Callable[[], Any], device: torch.device) -> int | None:
     except OSError:
         function()
         return None
+
+
+def _give_back_free_memory() -> None:
+    """Memory that C's allocator holds back would be used again and not be counted."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def _resident(field: str) -> int:

@@ -108,9 +108,10 @@ def faenet(
     amp: bool = False,
     compiled: bool = False,
     name: str = "",
+    seed: int = 0,
 ) -> Contender:
     """This package's FAENet; graph_norm "batch" is the published package's."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     heads: dict[str, Any] = {
         "energy": {"module": "faenet_energy_head", "energy_head": _ENERGY_HEAD, "skip_co": options["skip_co"]}
     }

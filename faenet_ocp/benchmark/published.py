@@ -8,7 +8,6 @@ import sys
 import types
 from unittest.mock import patch
 
-import pandas
 import torch
 from torch import nn
 from torch_geometric.utils import scatter
@@ -22,6 +21,8 @@ def build_published(options: dict, *, forces: bool, force_hidden_channels: int) 
     Raises:
         ImportError: the package is not installed (extra `reference`).
     """
+    import pandas
+
     shim = types.ModuleType("torch_scatter")
     shim.scatter = scatter  # type: ignore[attr-defined]
     missing = sys.modules.setdefault("torch_scatter", shim) is shim

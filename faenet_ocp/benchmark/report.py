@@ -19,6 +19,9 @@ def markdown(result: dict[str, Any]) -> str:
         if "unavailable" in group:
             lines += [f"not available: {group['unavailable']}", ""]
             continue
+        if "curves" in group:
+            lines += [*_curves(group["curves"]), ""]
+            continue
         lines += [_line(_HEADS), _line(["---"] + ["---:"] * (len(_HEADS) - 1))]
         lines += [_line(_cells(row)) for row in group["rows"]]
         lines.append("")
@@ -40,6 +43,20 @@ def _cells(row: dict[str, Any]) -> list[str]:
         "" if peak is None else f"{peak / 1e6:.0f}",
         "" if differences is None else f"{max(differences.values()):.0e}",
     ]
+
+
+def _curves(curves: list[dict[str, Any]]) -> list[str]:
+    """Mean loss over six equal parts of the training."""
+    steps = len(curves[0]["losses"])
+    parts = [slice(steps * part // 6, steps * (part + 1) // 6) for part in range(6)]
+    lines = [_line(["mean loss of steps", *(f"{part.start + 1} to {part.stop}" for part in parts)])]
+    lines.append(_line(["---"] + ["---:"] * len(parts)))
+    for curve in curves:
+        means = [curve["losses"][part] for part in parts]
+        lines.append(_line([curve["model"], *(f"{sum(part) / max(1, len(part)):.3f}" for part in means)]))
+    change = curves[0]["bf16_change"]
+    text = f"Energies of the first, computed in bf16, change by {change['mean']:.1%} of the label spread on average"
+    return [*lines, "", f"{text}, by {change['largest']:.1%} at most."]
 
 
 def _line(cells: Any) -> str:

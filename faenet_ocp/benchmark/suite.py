@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from faenet_ocp.benchmark import models
+from faenet_ocp.benchmark.convergence import convergence
 from faenet_ocp.benchmark.measure import measure, ratio
 from faenet_ocp.benchmark.models import FAENET, MAX_NEIGHBORS, Contender, Outputs
 from faenet_ocp.benchmark.systems import make_batch, make_systems, read_systems, slab_sizes
@@ -26,7 +27,7 @@ from faenet_ocp.versions import software_versions
 logger = logging.getLogger(__name__)
 
 MODES = ("inference", "training step")
-GROUPS = ("published", "peers", "frames", "batch sizes", "system sizes", "compiled")
+GROUPS = ("published", "peers", "frames", "batch sizes", "system sizes", "compiled", "convergence")
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Settings:
         batch_sizes: of the group of that name.
         system_sizes: atoms of one system, of the group of that name.
         rounds: how often each row is timed.
+        steps: of the loss curves.
         small: networks with few channels: for a check that everything runs.
         remove_subsurface: without the atoms of tag 0, as FAENet is trained.
         lmdb: systems of this file instead of generated slabs.
@@ -51,29 +53,25 @@ class Settings:
     batch_sizes: tuple[int, ...] = (1, 8, 32, 64, 128, 256)
     system_sizes: tuple[int, ...] = (50, 150, 500, 1500, 5000)
     rounds: int = 5
+    steps: int = 300
     small: bool = False
     remove_subsurface: bool = True
     lmdb: Path | None = None
 
 
-QUICK = Settings(batch_size=2, batch_sizes=(1, 4), system_sizes=(20, 60), rounds=1, small=True)
+QUICK = Settings(batch_size=2, batch_sizes=(1, 4), system_sizes=(20, 60), rounds=1, steps=3, small=True)
 
 
-def run(settings: Settings) -> dict[str, Any]:
-    """Measure everything; the result is what `report` shows and JSON keeps."""
+def run(settings: Settings, *, save: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any]:
+    """Measure everything; the result is what `report` shows and JSON keeps.
+
+    Args:
+        settings: what to run.
+        save: called with the result so far after each group, because all of them take an hour on a slow machine.
+    """
     device = torch.device(settings.device)
     groups: list[dict[str, Any]] = []
-    makers: dict[str, Callable[[Settings], list[dict[str, Any]]]] = {
-        "published": _published,
-        "peers": _peers,
-        "frames": _frames,
-        "batch sizes": _batch_sizes,
-        "system sizes": _system_sizes,
-        "compiled": _compiled,
-    }
-    for name in tqdm(settings.groups, desc="benchmark", unit="group", disable=None):
-        groups += makers[name](settings)
-    return {
+    result = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": _device_name(device),
         "threads": torch.get_num_threads(),
@@ -81,6 +79,20 @@ def run(settings: Settings) -> dict[str, Any]:
         "settings": {**settings.__dict__, "lmdb": settings.lmdb and settings.lmdb.name},
         "groups": groups,
     }
+    makers: dict[str, Callable[[Settings], list[dict[str, Any]]]] = {
+        "published": _published,
+        "peers": _peers,
+        "frames": _frames,
+        "batch sizes": _batch_sizes,
+        "system sizes": _system_sizes,
+        "compiled": _compiled,
+        "convergence": _convergence,
+    }
+    for name in tqdm(settings.groups, desc="benchmark", unit="group", disable=None):
+        groups += makers[name](settings)
+        if save is not None:
+            save(result)
+    return result
 
 
 # ------------------------------------------------------------------------------------ groups
@@ -162,6 +174,11 @@ def _compiled(settings: Settings) -> list[dict[str, Any]]:
         for compiled in (False, True)
     ]
     return [_group("compiled", "is2re", mode, settings, [(one, batch) for one in contenders]) for mode in MODES]
+
+
+def _convergence(settings: Settings) -> list[dict[str, Any]]:
+    curves = convergence(settings.steps, torch.device(settings.device))
+    return [{"name": "convergence", "task": "is2re", "mode": "small network", "curves": curves}]
 
 
 # ------------------------------------------------------------------------------------ one group
