@@ -150,7 +150,7 @@ class FrameAveragedModel(HydraModel):
             through_frames: compute the frames here, as functions of the positions. Otherwise frames (U and t) are
                 constants in derivatives, and those that the batch carries are used.
         """
-        if data.edge_index.shape[1] == 0:
+        if data.edge_index.shape[1] == 0 and len(data.natoms):
             data = with_graph(data, self.cutoff, self.max_neighbors)
         frames = self.frames_of(data, through_frames=through_frames)
         if frames is None:

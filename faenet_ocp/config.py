@@ -375,6 +375,8 @@ def _explain(problem: Mapping[str, Any]) -> str:
     location = [str(part) for part in problem["loc"]]
     # pydantic adds the tried branch of a union to the path; users know only the keys.
     keys = [part for part in location if not re.search(r"[\[\](]|Config$|^(str|int|float|bool|dict|list)$", part)]
+    if problem["type"] == "extra_forbidden":
+        keys = [*keys[: -1 if keys[-1:] == location[-1:] else None], location[-1]]  # whatever the user has called it
     path = ".".join(keys)
     if problem["type"] == "extra_forbidden":
         allowed = _allowed_keys(keys[:-1])

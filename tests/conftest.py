@@ -2,7 +2,9 @@
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -31,3 +33,12 @@ def small_is2re(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def small_s2ef(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Root folder with s2ef/2M/train (two shards) and s2ef/all/val_*: energies and forces."""
     return small_data.write_s2ef(tmp_path_factory.mktemp("small_s2ef"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_environment_reports() -> Iterator[None]:
+    """fairchem runs pip and others at the start of every run: seconds that the runs inside this process can save."""
+    from fairchem.core.launchers import slurm_launch
+
+    with mock.patch.object(slurm_launch, "write_environment_report"):
+        yield

@@ -204,7 +204,7 @@ def test_balance_by_atoms(data: Path) -> None:
     plain, balanced = loads(_batches(2)), loads(_batches(2, sizes))
     assert np.array_equal(plain.sum(axis=1), balanced.sum(axis=1))
     assert (plain.max(axis=1) / plain.mean(axis=1)).mean() > 1.05
-    assert (balanced.max(axis=1) / balanced.mean(axis=1)).mean() < 1.01
+    assert (balanced.max(axis=1) / balanced.mean(axis=1)).mean() < 1.02
     for a, b in zip(_batches(2), _batches(2, sizes), strict=True):
         assert [len(share) for share in a] == [len(share) for share in b]
     assert [share.tolist() for share in balanced_shares(np.array([9, 1, 1, 9, 5]), 2)] == [[0, 1, 4], [2, 3]]

@@ -1,5 +1,6 @@
 """Handing runs to SLURM, without a SLURM: requests, scripts, reports, signals. `tests/slurm` uses a real one."""
 
+import multiprocessing
 import os
 import pickle
 import shutil
@@ -7,10 +8,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 from fairchem.core.launchers.api import DistributedInitMethod, JobConfig, SchedulerType
 from fairchem.core.launchers.slurm_launch import SlurmSPMDProgram
 from omegaconf import DictConfig, OmegaConf
@@ -370,6 +374,50 @@ def test_every_start_has_its_own_rendezvous(tmp_path: Path, monkeypatch: pytest.
     assert len(numbers) == 5
 
 
+def _meet(path: Path, number: int, *, die: bool) -> None:
+    """A rank that meets another; the second comes later, as ranks do."""
+    time.sleep(0.0 if die else 2.0 * number)
+    try:
+        url = f"file://{path}?world_size=2&rank={number}"
+        dist.init_process_group("gloo", init_method=url, timeout=timedelta(seconds=5))
+        total = torch.ones(1)
+        dist.all_reduce(total)
+        if die:
+            os.kill(os.getpid(), signal.SIGKILL)
+        os._exit(int(total) - 2)
+    finally:
+        os._exit(1)
+
+
+def _start_ranks(path: Path, *, die: bool = False) -> list[int | None]:
+    ranks = [
+        multiprocessing.get_context("fork").Process(target=_meet, args=(path, number), kwargs={"die": die})
+        for number in (0, 1)
+    ]
+    for rank in ranks:
+        rank.start()
+    deadline = time.monotonic() + 8
+    for rank in ranks:
+        rank.join(max(0.0, deadline - time.monotonic()))
+    codes = [rank.exitcode for rank in ranks]
+    for rank in ranks:
+        rank.kill()
+    return codes
+
+
+def test_the_rendezvous_of_a_killed_start_breaks_the_next_one(tmp_path: Path) -> None:
+    """Why every start has its own: the first rank to come finds the address of one that is gone."""
+
+    def start_after_a_kill(path: Path) -> list[int | None]:
+        assert _start_ranks(path, die=True) == [-signal.SIGKILL] * 2
+        assert path.exists()
+        return _start_ranks(path)
+
+    # Ranks that come at the very same time may be lucky.
+    assert any(start_after_a_kill(tmp_path / f"file{attempt}") != [0, 0] for attempt in range(3))
+    assert _start_ranks(tmp_path / "another") == [0, 0]
+
+
 class _Runner:
     """A training whose steps take 0.1 s, and which notes what happens to it."""
 
@@ -453,7 +501,7 @@ class _Rank:
 
 
 @pytest.fixture
-def rank(tmp_path: Path):
+def rank(tmp_path: Path) -> Iterator[Callable[..., _Rank]]:
     """Makes a rank; ends it after the test."""
     made: list[_Rank] = []
 
