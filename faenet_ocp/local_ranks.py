@@ -146,8 +146,13 @@ def stop_signals(stop: Callable[[int], None]) -> Iterator[None]:
             stop(status)
 
     signals = (*_STOP, _PASSED_ON) if under_elastic else _STOP
-    with _handlers(dict.fromkeys(signals, handle)):
+    for number in signals:
+        signal.signal(number, handle)
+    try:
         yield
+    finally:  # fairchem's handlers, which were there before, would end the process with status 0, or hang
+        for number in signals:
+            signal.signal(number, signal.SIG_DFL)
 
 
 @contextlib.contextmanager

@@ -319,7 +319,8 @@ def test_a_dead_rank_ends_the_run_with_its_reason(good: Path, tmp_path: Path, vi
     finally:
         process.kill()
     assert process.returncode == 1
-    assert "was killed by SIGKILL" in output.splitlines()[-1], output[-2000:]
+    (error,) = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert error.startswith("error: rank ") and error.endswith(" was killed by SIGKILL"), output[-2000:]
     assert load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")["model"]
 
 
@@ -327,4 +328,5 @@ def test_a_dead_rank_ends_the_run_with_its_reason(good: Path, tmp_path: Path, vi
 def test_a_bad_record_ends_two_ranks_with_its_name(good: Path, tmp_path: Path) -> None:
     root = _write(tmp_path, good, {3: _BAD["NaN energy"][0](3)})
     output = processes.run([*_arguments(tmp_path, root), "--num-gpus", "2"], status=2)
-    assert f"{root / 'train.lmdb'}: record 3 (sid 3) has values in y that are not finite" in output.splitlines()[-1]
+    (error,) = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert f"{root / 'train.lmdb'}: record 3 (sid 3) has values in y that are not finite" in error

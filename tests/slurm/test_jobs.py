@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from slurm_cluster import Cluster, Job, kill_node, results, run_cli, start_node, wait_for
 
 import faenet_ocp.cli
-from conftest import Cluster, Job, kill_node, results, run_cli, start_node, wait_for
 from faenet_ocp.checkpoint import load_checkpoint
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(900)]
