@@ -308,9 +308,7 @@ def _mean(values: Tensor, batch: Tensor, num_systems: int) -> Tensor:
     return _sum(values, batch, num_systems) / count.reshape(-1, *[1] * (values.dim() - 1))
 
 
-def _principal_axes(
-    pos: Tensor, batch: Tensor, num_systems: int, dim: int, group: str
-) -> _PrincipalAxes:
+def _principal_axes(pos: Tensor, batch: Tensor, num_systems: int, dim: int, group: str) -> _PrincipalAxes:
     """Diagonalise the covariance of every system; signs as in method ``det``."""
     coordinates = pos[:, :dim].double()
     centred = coordinates - _mean(coordinates, batch, num_systems)[batch]
@@ -341,9 +339,7 @@ def _no_extent(variance: Tensor, tolerance: float) -> Tensor:
 
 
 @torch.no_grad()
-def _sign_lead(
-    principal: _PrincipalAxes, batch: Tensor, atomic_numbers: Tensor | None, tolerance: float
-) -> Tensor:
+def _sign_lead(principal: _PrincipalAxes, batch: Tensor, atomic_numbers: Tensor | None, tolerance: float) -> Tensor:
     """By how much the odd invariants favour the present direction of an axis, (B, d).
 
     Positive: keep the direction; negative: turn the axis; exactly 0: undecided.
@@ -377,9 +373,7 @@ def _agreeing(patterns: Tensor, lead: Tensor, group: str) -> Tensor:
     return (agrees | ~decided.unsqueeze(1)).all(dim=2)
 
 
-def _draw(
-    upper: int, count: int, generator: torch.Generator | None, device: torch.device
-) -> Tensor:
+def _draw(upper: int, count: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
     """Uniform integers below ``upper``, drawn where the generator lives."""
     source = device if generator is None else generator.device
     return torch.randint(upper, (count,), generator=generator, device=source).to(device)

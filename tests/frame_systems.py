@@ -143,9 +143,7 @@ def random_slabs(count):
         surface = [fcc111, fcc100, fcc211][rng.integers(3)]
         width = 3 if surface is fcc211 else int(rng.integers(2, 5))
         metals = rng.choice(species, size=2)
-        atoms = surface(
-            str(metals[0]), (width, int(rng.integers(2, 5)), 4), a=rng.uniform(3.6, 4.1), vacuum=8
-        )
+        atoms = surface(str(metals[0]), (width, int(rng.integers(2, 5)), 4), a=rng.uniform(3.6, 4.1), vacuum=8)
         atoms.symbols[rng.random(len(atoms)) < rng.choice([0.0, 0.3])] = str(metals[1])
         adsorbate = molecule(str(rng.choice(["CO", "OH", "NH3", "CH3", "H2O", "O"])))
         adsorbate.rotate(rng.uniform(0, 360), rng.normal(size=3))

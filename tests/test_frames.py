@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from frame_systems import DIM_GROUP, frames_of, make_clouds, model, same_set
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from faenet_ocp import frames
@@ -17,6 +16,7 @@ from faenet_ocp.frames import (
     rotate,
     rotate_back,
 )
+from frame_systems import DIM_GROUP, frames_of, make_clouds, model, same_set
 
 
 @pytest.fixture(scope="module")
@@ -86,9 +86,7 @@ def test_hand_of_the_eigensolver_does_not_matter(clouds, dim, group, method, han
     result = frames_of(clouds, generator=torch.Generator().manual_seed(0), **options)
     assert torch.equal(result.rot, expected.rot) and torch.equal(result.weight, expected.weight)
     if group == "SE":
-        torch.testing.assert_close(
-            torch.linalg.det(result.rot), torch.ones(result.rot.shape[:2]).double()
-        )
+        torch.testing.assert_close(torch.linalg.det(result.rot), torch.ones(result.rot.shape[:2]).double())
 
 
 def test_origin(clouds):
@@ -132,9 +130,7 @@ def test_stochastic_is_uniform_and_independent(clouds, dim, group, critical, cri
     full = compute_frames(pos[: len(own)], batch[: len(own)], 1, method="full", **options)
     picks = []
     for _ in range(2):
-        drawn = compute_frames(
-            pos, batch, count, method="stochastic", generator=generator, **options
-        )
+        drawn = compute_frames(pos, batch, count, method="stochastic", generator=generator, **options)
         match = (drawn.rot - full.rot).abs().amax(dim=(2, 3)) < 1e-12
         assert (match.sum(dim=1) == 1).all()  # always one of the full set
         picks.append(match.int().argmax(dim=1))
@@ -190,9 +186,7 @@ def test_random_rotations(dim, reflect):
 
 def test_rotate_positions_cells_and_back():
     generator = torch.Generator().manual_seed(0)
-    rot = random_rotations(
-        5, dim=3, reflect=True, generator=generator, dtype=torch.float64, device="cpu"
-    ).rot[:, 0]
+    rot = random_rotations(5, dim=3, reflect=True, generator=generator, dtype=torch.float64, device="cpu").rot[:, 0]
     vectors = torch.randn(5, 3, generator=generator, dtype=torch.float64)
     cells = torch.randn(5, 3, 3, generator=generator, dtype=torch.float64)
     for i in range(5):
@@ -321,9 +315,7 @@ def test_frames_are_differentiable(clouds, dim, group, method):
     x = pos[own].clone().requires_grad_()
     assert torch.autograd.gradcheck(energy, (x,), fast_mode=True)
     held = frames_of((x.detach(), batch, numbers), **options)
-    assert (
-        not held.rot.requires_grad and frames_of((x, batch, numbers), **options).rot.requires_grad
-    )
+    assert not held.rot.requires_grad and frames_of((x, batch, numbers), **options).rot.requires_grad
 
 
 def test_work_does_not_grow_with_the_number_of_systems(clouds):
@@ -341,9 +333,7 @@ def test_work_does_not_grow_with_the_number_of_systems(clouds):
     for systems in (2, 24):
         own = batch < systems
         with Counter() as counter:
-            result = frames_of(
-                (pos[own], batch[own], numbers[own]), method="canonical", dim=3, group="SE"
-            )
+            result = frames_of((pos[own], batch[own], numbers[own]), method="canonical", dim=3, group="SE")
             rotate(pos[own], result.rot[batch[own], 0])
             flatten_frames(result)
         counts.append(counter.count)

@@ -3,6 +3,9 @@
 import numpy as np
 import pytest
 import torch
+
+from faenet_ocp import frames
+from faenet_ocp.frames import frame_report
 from frame_systems import (
     DIM_GROUP,
     LOOSE,
@@ -19,9 +22,6 @@ from frame_systems import (
     symmetric_systems,
     symmetry_error,
 )
-
-from faenet_ocp import frames
-from faenet_ocp.frames import frame_report
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +41,7 @@ def test_moved_copy_has_the_same_set(clouds, dim, group, method, dtype, toleranc
     for reflect in [False, True] if group == "E" else [False]:
         move = rotation(dim, reflect=reflect)
         moved_pos = (pos @ move + shift(dim)).to(dtype)
-        moved = frames_of(
-            (moved_pos[order], batch[order], numbers[order]), method=method, dim=dim, group=group
-        )
+        moved = frames_of((moved_pos[order], batch[order], numbers[order]), method=method, dim=dim, group=group)
         for i in range(24):
             old, new = (f.rot[i][f.weight[i] > 0] for f in (start, moved))
             assert same_set(old, move.to(dtype) @ new, tolerance)  # F(X R + t) = R^T F(X)
@@ -182,10 +180,7 @@ def test_sign_follows_the_largest_invariant():
     assert sign_along_x(x, [2, 1, 9, 1]) == {1.0}
     # third moment -0.09, weighted third moment -0.22, weighted first moment +0.05: largest wins
     x, numbers = np.array([-2.0, -0.5, -0.5, 1.4, 1.6]), np.array([9, 1, 1, 8, 6])
-    moments = [
-        (w * x**p).sum() / (w * np.abs(x) ** p).sum()
-        for w, p in [(np.ones(5), 3), (numbers, 3), (numbers, 1)]
-    ]
+    moments = [(w * x**p).sum() / (w * np.abs(x) ** p).sum() for w, p in [(np.ones(5), 3), (numbers, 3), (numbers, 1)]]
     assert moments[0] < 0 < moments[2] < -moments[1]
     assert sign_along_x(x.tolist(), numbers.tolist()) == {-1.0}
     assert sign_along_x([-1.0, 1.0], [8, 8]) == {-1.0, 1.0}
@@ -266,9 +261,7 @@ def test_degenerate_systems_are_finite_orthonormal_deterministic_and_reported():
                 assert (gram - torch.eye(3, dtype=dtype)).abs().max() < 1e-6
                 if group == "SE":
                     assert (torch.linalg.det(first.rot) - 1).abs().max() < 1e-6
-        report = frame_report(
-            *cast[:2], count, dim=3, group="E", atomic_numbers=system[2], tolerance=1e-3
-        )
+        report = frame_report(*cast[:2], count, dim=3, group="E", atomic_numbers=system[2], tolerance=1e-3)
         assert dict(zip(named, report.degenerate.tolist(), strict=True)) == {
             name: name in degenerate_systems() for name in named
         }
@@ -279,9 +272,7 @@ def test_equivariance_is_lost_in_a_degenerate_eigenspace():
     pos, numbers = degenerate_systems()["cube with a heavy corner"]
     system = (torch.tensor(pos), torch.zeros(8, dtype=torch.long), torch.tensor(numbers))
     errors = [
-        symmetry_error(
-            system, rotation(3, seed), 3, lambda s: frames_of(s, method="full", dim=3, group="E")
-        )
+        symmetry_error(system, rotation(3, seed), 3, lambda s: frames_of(s, method="full", dim=3, group="E"))
         for seed in range(5)
     ]
     assert max(errors) > 1e-3

@@ -11,20 +11,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import small_data
 import torch
 from ase.build import fcc111
 from fairchem.core.common.registry import registry
 from fairchem.core.datasets.atomic_data import AtomicData, atomicdata_list_to_batch
 from fairchem.core.datasets.base_dataset import create_dataset
-from small_data import dump_record, make_fields, write_items, write_lmdb
 from torch.utils.data import DataLoader
 
+import small_data
 from faenet_ocp import lmdb_dataset
 from faenet_ocp.graph import build_graph, edge_vectors, limit_neighbors
 from faenet_ocp.lmdb_dataset import NAMES, OC20LmdbDataset
 from faenet_ocp.lmdb_files import LmdbFile, resolve_files
 from faenet_ocp.lmdb_records import RecordError
+from small_data import dump_record, make_fields, write_items, write_lmdb
 
 STOCHASTIC = {"remove_subsurface": {}, "frame_averaging": {"dim": 3, "group": "E", "method": "stochastic"}}
 

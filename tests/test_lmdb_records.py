@@ -15,9 +15,9 @@ from pathlib import Path
 import lmdb
 import numpy as np
 import pytest
-import small_data
 import torch
 
+import small_data
 from faenet_ocp import lmdb_records
 from faenet_ocp.lmdb_records import RecordError, decode_count, decode_record
 

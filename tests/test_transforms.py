@@ -3,10 +3,10 @@
 import pickle
 
 import pytest
-import small_data
 import torch
 from fairchem.core.datasets.atomic_data import AtomicData
 
+import small_data
 from faenet_ocp import transforms
 from faenet_ocp.frames import compute_frames, num_frames
 from faenet_ocp.graph import edge_vectors
