@@ -236,9 +236,9 @@ class FAENetCalculator(Calculator):
     ) -> None:
         """Predicts everything for `atoms`; called by ASE."""
         super().calculate(atoms, properties, system_changes)
-        structure: Atoms = self.atoms  # type: ignore[assignment]  # the parent has just set it
+        structure: Atoms = self.atoms  # the parent has just set it
         (prediction,) = self.predictor([structure])
-        self.results = {"energy": prediction.energy, "free_energy": prediction.energy}
+        self.results: dict[str, Any] = {"energy": prediction.energy, "free_energy": prediction.energy}
         if prediction.forces is not None:
             self.results["forces"] = prediction.forces
             if (~prediction.seen & ~fixed_atoms(structure)).any():

@@ -36,7 +36,7 @@ class PairEMT(EMT):
         springs: springs between atoms, without periodic images.
     """
 
-    implemented_properties = ("energy", "free_energy", "forces")  # type: ignore[assignment]
+    implemented_properties = ("energy", "free_energy", "forces")
 
     def __init__(self, springs: Sequence[Spring] = ()) -> None:
         super().__init__()
@@ -71,8 +71,8 @@ class PairEMT(EMT):
         energy, forces = self._pair_sums()
         for spring in self._springs:
             vector = self.atoms.positions[spring.second] - self.atoms.positions[spring.first]
-            length = np.linalg.norm(vector)
-            stretch = max(length - spring.start, 0.0)
+            length = float(np.linalg.norm(vector))
+            stretch = max(length - float(spring.start), 0.0)
             energy += 0.5 * SPRING_CONSTANT * stretch**2
             pull = SPRING_CONSTANT * stretch * vector / length
             forces[spring.first] += pull
