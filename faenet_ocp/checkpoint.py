@@ -1,6 +1,6 @@
 """Checkpoints: one file each, written whole or not at all, loadable without running code.
 
-A checkpoint is a dictionary of tensors, numbers, strings and containers (see `FORMAT`), read with
+The file is a zip file as torch writes it, with the SHA-256 of its content as its comment. It holds a dictionary of tensors, numbers, strings and containers (see `FORMAT`), read with
 `torch.load(weights_only=True)`:
 
 | key | what |
@@ -15,11 +15,11 @@ A checkpoint is a dictionary of tensors, numbers, strings and containers (see `F
 """
 
 import contextlib
+import hashlib
 import io
 import logging
 import os
 import re
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from torch import nn
 from faenet_ocp.versions import software_versions
 
 FORMAT = 1
+_NO_COMMENT = b"\0\0"
 _STEP_FILE = re.compile(r"step_(\d+)\.pt")
 
 
@@ -46,7 +47,7 @@ def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
     torch.save({"format": FORMAT, "versions": software_versions(), **state}, content)
     try:
         with open(temporary, "wb") as file:
-            file.write(content.getbuffer())
+            file.write(_seal(content.getvalue()))
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -64,18 +65,32 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"checkpoint {path}: there is no such file")
+    content = path.read_bytes()
     try:
-        with zipfile.ZipFile(path) as archive:  # torch.load does not look at the check sums
-            if (damaged := archive.testzip()) is not None:
-                raise ValueError(f"{damaged} is damaged")
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for truncated, foreign and refused files
         raise ValueError(f"checkpoint {path}: not readable ({type(error).__name__}: {str(error)[:300]})") from error
     if not isinstance(state, dict) or "format" not in state:
         raise ValueError(f"checkpoint {path}: not a faenet-ocp checkpoint (no format number)")
     if state["format"] != FORMAT:
         raise ValueError(f"checkpoint {path}: format {state['format']}, this version reads format {FORMAT}")
+    if not _is_sealed(content):
+        raise ValueError(f"checkpoint {path}: damaged (its content does not match its check sum)")
     return state
+
+
+def _seal(content: bytes) -> bytes:
+    """A zip file with the digest of its content as its comment: zip's own check sums are not looked at by torch."""
+    if not content.endswith(_NO_COMMENT):
+        raise ValueError("torch.save has written something else than a zip file without comment")
+    digest = hashlib.sha256(content).digest()
+    return content[: -len(_NO_COMMENT)] + len(digest).to_bytes(2, "little") + digest
+
+
+def _is_sealed(content: bytes) -> bool:
+    size = hashlib.sha256().digest_size
+    original = content[: -size - len(_NO_COMMENT)] + _NO_COMMENT
+    return content[-size - len(_NO_COMMENT) :] == _seal(original)[-size - len(_NO_COMMENT) :]
 
 
 def step_checkpoints(folder: Path) -> list[Path]:

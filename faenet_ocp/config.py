@@ -296,7 +296,7 @@ def load_yaml(path: Path, _chain: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise ValueError(f"{path}: includes itself through {' -> '.join(p.name for p in _chain)}")
     try:
         content = yaml.load(path.read_text(), Loader=_Loader)  # a SafeLoader
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, TypeError) as error:  # TypeError: a mapping or list as a key
         raise ValueError(f"{path}: {error}") from error
     except RecursionError as error:
         raise ValueError(f"{path}: nested too deeply") from error
@@ -346,7 +346,7 @@ def parse_value(text: str) -> Any:
     """
     try:
         return yaml.load(text, Loader=_Loader)  # a SafeLoader
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, TypeError) as error:  # TypeError: a mapping or list as a key
         raise ValueError(f"{text!r} is not a YAML value: {error}") from error
     except RecursionError as error:
         raise ValueError(f"{text[:100]!r}...: nested too deeply") from error

@@ -67,6 +67,7 @@ class MetricLogger:
         identifier: name of the run.
         config: resolved configuration, shown by W&B.
         step: optimiser steps done so far.
+        evaluated: false if the evaluation after that step was interrupted and will be repeated.
         lenient: a record that cannot be written (disk full) is a warning instead of an OSError.
     """
 
@@ -78,12 +79,13 @@ class MetricLogger:
         identifier: str,
         config: Mapping[str, Any],
         step: int = 0,
+        evaluated: bool = True,
         lenient: bool = False,
     ):
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "metrics.jsonl"
         self.lenient = lenient
-        _keep_until(self.path, step)
+        _keep_until(self.path, step, evaluated)
         self.file = self.path.open("ab", buffering=0)  # a line is there when `log` returns, or an error says so
         self.sink: _Sink | None = None
         if settings.name == "tensorboard":
@@ -110,8 +112,8 @@ class MetricLogger:
             self.sink.close()
 
 
-def _keep_until(path: Path, step: int) -> None:
-    """Cuts a log to the records up to a step; a half-written last line is dropped."""
+def _keep_until(path: Path, step: int, evaluated: bool) -> None:
+    """Cuts a log to the records up to a step, with or without its evaluation; a half-written last line is dropped."""
     if not path.is_file():
         return
     kept = []
@@ -121,7 +123,8 @@ def _keep_until(path: Path, step: int) -> None:
         except ValueError:
             logging.warning("%s: dropped an incomplete line", path)
             continue
-        if record["step"] <= step:
+        repeated = record["step"] == step and not evaluated and "train/loss" not in record
+        if record["step"] <= step and not repeated:
             kept.append(line + "\n")
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     temporary.write_text("".join(kept), encoding="utf-8")

@@ -103,6 +103,7 @@ class TrainingRun:
                 identifier=self.folder.name,
                 config=config.model_dump(mode="json"),
                 step=self.unit.train_progress.num_steps_completed,
+                evaluated=not self.pending_evaluation,
                 lenient=optim.on_write_error == "warn",
             )
         if self.pending_evaluation:  # the run ended between the end of an epoch and its evaluation

@@ -4,7 +4,6 @@ Each case is decided by its number alone. Cases run in processes of their own, s
 audit hook that notices programs, connections and shell commands.
 """
 
-import math
 import multiprocessing
 import os
 import pickle
@@ -181,21 +180,12 @@ def _config_case(folder: Path) -> Callable[[random.Random], str]:
         config = build_config(content)
         assert isinstance(config, Config)
         again = build_config(config.model_dump(mode="json"))
-        assert again == config or not all(map(_is_finite, _leaves(config.model_dump())))
+        assert again.model_dump(mode="json") == config.model_dump(mode="json")
         if rng.random() < 0.1:
             build.make_model(config)
         return "right"
 
     return case
-
-
-def _is_finite(value: Any) -> bool:
-    return not isinstance(value, float) or math.isfinite(value)
-
-
-def _leaves(content: Any) -> list[Any]:
-    values = content.values() if isinstance(content, dict) else content if isinstance(content, list) else None
-    return [content] if values is None else [leaf for value in values for leaf in _leaves(value)]
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -303,7 +293,7 @@ def _checkpoint_case(folder: Path) -> Callable[[random.Random], str]:
         loaded = load_checkpoint(path)
         assert isinstance(loaded, dict)
         assert loaded["format"] == FORMAT
-        # The file has check sums: what can be read is what was written.
+        # The file has a check sum: what can be read is what was written.
         for name, weight in state["model"].items():  # type: ignore[attr-defined]
             assert torch.equal(loaded["model"][name], weight)
         assert loaded["config"] == state["config"]

@@ -25,7 +25,7 @@ SPLITS = ("val_id", "val_ood_ads", "val_ood_cat", "val_ood_both")
 def checkpoint(small_s2ef: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small S2EF model after one epoch, trained by the command line."""
     runs = tmp_path_factory.mktemp("runs")
-    model = "{hidden_channels: 96, num_filters: 24, num_interactions: 2, num_gaussians: 10}"
+    model = "{hidden_channels: 128, num_filters: 24, num_interactions: 2, num_gaussians: 10}"
     optim = "{warmup_steps: 0, batch_size: 4, max_epochs: 1, num_workers: 0}"
     overrides = [f"--model={model}", f"--optim={optim}", "--logger=none", "--cpu"]
     arguments = ["--config", "configs/s2ef/faenet.yml", *overrides, f"--dataset.root={small_s2ef}"]

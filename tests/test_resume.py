@@ -17,6 +17,7 @@ from faenet_ocp import checkpoint, cli
 from faenet_ocp.checkpoint import load_checkpoint, step_checkpoints
 from faenet_ocp.cli import main
 from faenet_ocp.loggers import MetricLogger
+from faenet_ocp.trainer import OCPRunner
 from faenet_ocp.unit import OCPTrainUnit
 
 STEPS = 36
@@ -405,3 +406,26 @@ def test_a_full_disk_may_be_a_warning(data: Path, small_disk: Path, tmp_path: Pa
     assert text.count("a checkpoint could not be written: No space left on device") >= 2
     assert "step 9 of 9" in text
     assert load_checkpoint(small_disk / "run" / "checkpoints" / "step_00000002.pt")["model"]
+
+
+def _in_second_save_of_an_evaluation() -> None:
+    evaluate = OCPRunner.evaluate
+
+    def dying(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+        checkpoint.os = _Os()  # type: ignore[assignment]
+        _at_call(checkpoint.os, "fsync", 2, before=True)()  # after best.pt
+        return evaluate(self, *args, **kwargs)
+
+    OCPRunner.evaluate = dying  # type: ignore[method-assign]
+
+
+def test_an_evaluation_that_is_repeated_is_logged_once(
+    unbroken: Callable[[int], Path], data: Path, tmp_path: Path
+) -> None:
+    """SIGKILL after the metrics are written, before the checkpoint says so."""
+    arguments = _config(tmp_path, data)
+    (code,) = processes.finish(processes.forked(arguments, tmp_path / "log", prepare=_in_second_save_of_an_evaluation))
+    assert code == -signal.SIGKILL
+    assert any("v/energy_mae" in record for record in processes.records(tmp_path / "run"))
+    assert processes.finish(processes.forked(arguments, tmp_path / "log")) == [0]
+    _assert_same_end(unbroken(1), tmp_path)
