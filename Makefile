@@ -3,15 +3,17 @@
 #   TORCH    which PyTorch to install first, e.g. TORCH="torch==2.13.0 --index-url <your CUDA or CPU index>"
 #   PYTHON   the interpreter that makes the virtual environment
 #   VENV     where the virtual environment lies (created if absent)
+#   SLOW     which of the slow tests `make test-slow` runs (default: all but those that start a SLURM)
 TORCH ?= torch==2.13.0
 PYTHON ?= python3
 VENV ?= .venv
 DEMO_DATA ?= data/demo
 DEMO_RUNS ?= runs
+SLOW ?= tests
 
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow test-slurm lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python scripts/make_demo_data.py --output $(DEMO_DATA)
@@ -22,7 +24,10 @@ test: $(VENV)/.installed-test lint
 	$(BIN)/python -m pytest -m "not slow"
 
 test-slow: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m "slow and not slurm" $(SLOW)
+
+test-slurm: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m slurm tests/slurm
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -1,7 +1,7 @@
 """Checkpoints: one file each, written whole or not at all, loadable without running code.
 
-The file is a zip file as torch writes it, with the SHA-256 of its content as its comment. It holds a dictionary of tensors, numbers, strings and containers (see `FORMAT`), read with
-`torch.load(weights_only=True)`:
+The file is a zip file as torch writes it, with the SHA-256 of its content as its comment. It holds a dictionary of
+tensors, numbers, strings and containers (see `FORMAT`), read with `torch.load(weights_only=True)`:
 
 | key | what |
 | --- | --- |

@@ -4,6 +4,7 @@ Each case is decided by its number alone. Cases run in processes of their own, s
 audit hook that notices programs, connections and shell commands.
 """
 
+import copy
 import multiprocessing
 import os
 import pickle
@@ -145,7 +146,7 @@ def _mutate_tree(content: Any, rng: random.Random) -> None:
             parent = parent[key]
         kind, key = rng.randrange(5), path[-1]
         if kind < 3:
-            parent[key] = rng.choice(_JUNK)
+            parent[key] = copy.deepcopy(rng.choice(_JUNK))
         elif kind == 3:
             del parent[key]
         elif isinstance(parent, dict):
