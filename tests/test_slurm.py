@@ -454,9 +454,12 @@ class _Rank:
 
     def __init__(self, folder: Path, *, runner: _Runner | None, requeue: Callable[[], None], grace: float = 30.0):
         self.folder = folder
+        # Blocked before there are threads, as by slurm_start.py: libraries start theirs in a forked process.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, slurm_job._SIGNALS)
         self.pid = os.fork()
         if self.pid == 0:
             self._run(runner, requeue, grace)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def _run(self, runner: _Runner | None, requeue: Callable[[], None], grace: float) -> None:
         def call(program: SlurmSPMDProgram, config: DictConfig, run_type: object) -> None:
