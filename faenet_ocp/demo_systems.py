@@ -25,6 +25,8 @@ from scipy.optimize import minimize_scalar
 from faenet_ocp.demo_emt import Array, PairEMT, Spring
 
 SPRING_START = 1.1
+RATTLE = 0.05
+"""Standard deviation of the displacements in S2EF frames along each axis (A)."""
 _BOND_FACTOR = 1.25  # atoms are bonded up to this multiple of the sum of their covalent radii
 _DESORBED_FACTOR = 1.5
 _MAX_SLAB_MOVE = 1.0
@@ -369,6 +371,26 @@ def make_system(
     gas = gas_references()
     reference = slab_energy + sum(gas[symbol] for symbol in initial.symbols[len(slab) :])
     return System(spec=spec, adsorbate=name, atoms=initial, trajectory=trajectory, reference=reference)
+
+
+def rattled(system: System, frames: Sequence[int], rng: np.random.Generator) -> System:
+    """The same system with its free atoms moved by `RATTLE` in these frames; energies and forces anew.
+
+    The forces of a relaxation are small and their signs depend on hundredths of an Angstrom: too much to learn in
+    minutes. (OC20 has rattled structures too, beside the relaxations.)
+    """
+    old = system.trajectory
+    trajectory = replace(old, positions=old.positions.copy(), energies=old.energies.copy(), forces=old.forces.copy())
+    atoms = system.atoms.copy()
+    first_atom = len(atoms) - len(ADSORBATES[system.adsorbate][0])
+    atoms.calc = PairEMT(bond_springs(system.adsorbate, first_atom))
+    free = np.setdiff1d(np.arange(len(atoms)), atoms.constraints[0].get_indices())
+    for frame in frames:
+        trajectory.positions[frame][free] += rng.normal(0.0, RATTLE, (len(free), 3))
+        atoms.set_positions(trajectory.positions[frame], apply_constraint=False)
+        trajectory.energies[frame] = atoms.get_potential_energy()
+        trajectory.forces[frame] = atoms.get_forces(apply_constraint=False)
+    return replace(system, trajectory=trajectory)
 
 
 def rotated(system: System, angle: float) -> System:

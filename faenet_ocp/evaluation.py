@@ -101,7 +101,7 @@ class EnergyMetrics(_Sums):
 class ForceMetrics(_Sums):
     """Force MAE, cosine, magnitude error and EFwT over free atoms, streaming."""
 
-    size = 8
+    size = 9
 
     def update(
         self,
@@ -145,6 +145,7 @@ class ForceMetrics(_Sums):
                 error.sum(dim=1),
                 torch.cosine_similarity(pred, target, dim=1),
                 (pred.norm(dim=1) - target.norm(dim=1)).abs(),
+                target.abs().sum(dim=1),
             ]
         )
         self._add(per_atom.where(free, 0.0).sum(dim=1), within.sum(), energy.new_tensor(len(energy)))
@@ -155,7 +156,7 @@ class ForceMetrics(_Sums):
         Raises:
             ValueError: no free atoms, or predictions or labels that are not finite.
         """
-        atoms, bad, bad_labels, error, cosine, magnitude, within, systems = self.sums.tolist()
+        atoms, bad, bad_labels, error, cosine, magnitude, _, within, systems = self.sums.tolist()
         _check_counts(atoms, bad, bad_labels, "forces of free atoms", split)
         return {
             "forces_mae": error / (3 * atoms),
@@ -164,6 +165,10 @@ class ForceMetrics(_Sums):
             "energy_forces_within_threshold": 100 * within / systems,
             "num_atoms": int(atoms),
         }
+
+    def zero_baseline(self) -> dict[str, float]:
+        """What a model without forces would get (they have no mean direction)."""
+        return {"forces_mae": float(self.sums[6] / (3 * self.sums[0]))}
 
 
 class BaselineMetrics(_Sums):

@@ -33,7 +33,7 @@ _PAPER: dict[str, dict[str, Any]] = {
 _PAPER_TABLE1_ENERGY = 0.4642
 _LEGEND = {
     "is2re": f"EwT: systems with an energy error below {ENERGY_THRESHOLD} eV.",
-    "s2ef": "Forces: of free atoms. EFwT: systems with an energy error below "
+    "s2ef": "Forces: of free atoms; the mean predictor's are zero. EFwT: systems with an energy error below "
     f"{ENERGY_THRESHOLD} eV and every force component off by less than {FORCE_THRESHOLD} eV/A.",
 }
 

@@ -186,6 +186,8 @@ class _Collector:
                     result.forces = (pred[:_PLOTTED_ATOMS], target[:_PLOTTED_ATOMS])
             if self.baselines is not None:
                 result.baselines = self.baselines.compute(split)
+                if self.forces is not None:
+                    result.baselines["mean_predictor"] |= self.forces.zero_baseline()
         return result
 
 

@@ -21,8 +21,12 @@ from faenet_ocp.demo_systems import (
     bond_springs,
     build_slab,
     bulk,
+    draw_slab,
+    make_system,
     place,
+    rattled,
     relax,
+    relaxed_slab,
     why_unusable,
 )
 
@@ -190,3 +194,29 @@ def test_frames_lie_all_along_the_way() -> None:
         converged=True,
     )
     assert pick_frames(still, 4, np.random.default_rng(0)) == [0]
+
+
+def test_rattled_frames() -> None:
+    """Free atoms of the named frames move, by the stated standard deviation; the rest stays as it is."""
+    rng = np.random.default_rng(4)
+    spec = draw_slab(rng, ["CuPd"], lambda spec: True)
+    slab = relaxed_slab(spec)
+    assert slab is not None
+    system = make_system(spec, *slab, "O", rng)
+    assert not isinstance(system, str)
+    moved = rattled(system, range(1, len(system.trajectory.energies)), rng)
+    moves = moved.trajectory.positions - system.trajectory.positions
+    free = moved.atoms.get_tags() > 0
+    assert not moves[0].any() and not moves[:, ~free].any()
+    assert moves[1:, free].std() == pytest.approx(0.05, rel=0.1)
+    assert moved.trajectory.energies[0] == system.trajectory.energies[0]
+    step = np.zeros_like(moves[1])
+    step[free] = 1e-4 * rng.normal(size=(free.sum(), 3))
+    atoms = system.atoms.copy()
+    atoms.calc = PairEMT(bond_springs("O", len(atoms) - 1))
+    energies = []
+    for sign in (1, -1):
+        atoms.set_positions(moved.trajectory.positions[1] + sign * step, apply_constraint=False)
+        energies.append(atoms.get_potential_energy())
+    assert moved.trajectory.energies[1] == pytest.approx(np.mean(energies), abs=1e-5)
+    assert energies[0] - energies[1] == pytest.approx(-2 * (moved.trajectory.forces[1] * step).sum(), rel=1e-4)
