@@ -19,6 +19,8 @@ demo: $(VENV)/.installed
 	$(BIN)/python scripts/make_demo_data.py --output $(DEMO_DATA)
 	$(BIN)/python main.py --config configs/demo/is2re.yml --dataset.root=$(DEMO_DATA) \
 		--run-dir $(DEMO_RUNS) --identifier demo-is2re
+	$(BIN)/python main.py --config configs/demo/s2ef.yml --dataset.root=$(DEMO_DATA) \
+		--run-dir $(DEMO_RUNS) --identifier demo-s2ef
 
 test: $(VENV)/.installed-test lint
 	$(BIN)/python -m pytest -m "not slow"

@@ -200,7 +200,7 @@ class TrainingRun:
 
     def evaluate_and_save(self) -> None:
         """Saves, evaluates, and saves again: a run that ends in between evaluates first when it goes on."""
-        self.pending_evaluation, stepping = True, self.stepping
+        self.pending_evaluation, stepping, start = True, self.stepping, time.perf_counter()
         self.save()
         self.stepping = False
         if self.unit.stop_requested:  # the signal came while saving
@@ -208,6 +208,7 @@ class TrainingRun:
         self.evaluate()
         self.pending_evaluation, self.stepping = False, stepping
         self.save()
+        self.unit.leave_out(time.perf_counter() - start)
 
     def evaluate(self) -> None:
         """Evaluates all splits with the present weights, logs the metrics, keeps the weights if they are the best."""

@@ -271,6 +271,10 @@ class OCPTrainUnit(MLIPTrainEvalUnit):
         self._window = {"systems": 0.0, "steps": 0.0, "wait": 0.0}
         self._window_start = time.perf_counter()
 
+    def leave_out(self, seconds: float) -> None:
+        """Time that was not spent on training (evaluation) does not count in samples/s."""
+        self._window_start += seconds
+
     def _note_data_wait(self, state: State) -> None:
         if state.train_state is not None:
             waits = state.train_state.iteration_timer.recorded_durations.get("data_wait_time")
