@@ -15,21 +15,21 @@ from small_data import make_slab
 COLUMNS = ["symbols", "positions", "move_mask", "tags", "forces"]
 
 
-def make_frames(number: int, count: int) -> list[ase.Atoms]:
-    """A trajectory of one system: skewed cells, random constraints, both energies."""
+def make_frames(number: int, count: int, *, fixed: str = "random") -> list[ase.Atoms]:
+    """A trajectory of one system: skewed cells, random constraints (or, as in OC20, on tag 0), both energies."""
     rng = np.random.default_rng(number)
     slab = make_slab(number)
     slab.info.clear()
     slab.set_constraint()
     slab.set_cell(slab.cell + rng.normal(scale=0.3, size=(3, 3)), scale_atoms=True)
-    fixed = np.flatnonzero(rng.random(len(slab)) < 0.4)
+    held = np.flatnonzero(slab.get_tags() == 0 if fixed == "subsurface" else rng.random(len(slab)) < 0.4)
     frames = []
     for _ in range(count):
         atoms = slab.copy()
         atoms.positions += rng.normal(scale=0.1, size=(len(slab), 3))
         atoms.calc = EMT()
         energy, forces = atoms.get_potential_energy(), atoms.get_forces()
-        atoms.set_constraint(FixAtoms(fixed))
+        atoms.set_constraint(FixAtoms(held))
         atoms.calc = SinglePointCalculator(atoms, energy=energy, free_energy=energy - 0.25, forces=forces)
         frames.append(atoms)
     return frames
@@ -47,16 +47,23 @@ def read(path: Path) -> str:
 
 
 def write_raw(
-    folder: Path, files: int = 3, *, frames: int = 4, repeat: int = 1, xz: bool = True, log: str = "reference"
+    folder: Path,
+    files: int = 3,
+    *,
+    frames: int = 4,
+    repeat: int = 1,
+    xz: bool = True,
+    log: str = "reference",
+    fixed: str = "random",
 ) -> Path:
     """Write `0.extxyz(.xz)`, `0.txt(.xz)`, ...: each with `repeat` times the frames of a trajectory of its own.
 
-    log: "reference" (three columns) or "ids" (two).
+    log: "reference" (three columns) or "ids" (two); fixed: "random" or "subsurface".
     """
     folder.mkdir(parents=True)
     suffix = ".xz" if xz else ""
     for number in range(files):
-        ase.io.write(folder / "text", make_frames(number, frames), format="extxyz", columns=COLUMNS)
+        ase.io.write(folder / "text", make_frames(number, frames, fixed=fixed), format="extxyz", columns=COLUMNS)
         write(folder / f"{number}.extxyz{suffix}", (folder / "text").read_text() * repeat)
         lines = [f"random{100 + number},frame{fid}" for fid in range(frames * repeat)]
         if log == "reference":
