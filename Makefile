@@ -4,12 +4,14 @@
 #   PYTHON   the interpreter that makes the virtual environment
 #   VENV     where the virtual environment lies (created if absent)
 #   SLOW     which of the slow tests `make test-slow` runs (default: all but those that start a SLURM)
+#   SLURM    which of SLURM's tests `make test-slurm` runs, e.g. SLURM="-k preemption" (default: all)
 TORCH ?= torch==2.13.0
 PYTHON ?= python3
 VENV ?= .venv
 DEMO_DATA ?= data/demo
 DEMO_RUNS ?= runs
 SLOW ?= tests
+SLURM ?=
 
 BIN := $(VENV)/bin
 
@@ -29,7 +31,7 @@ test-slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m "slow and not slurm" $(SLOW)
 
 test-slurm: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m slurm tests/slurm
+	$(BIN)/python -m pytest -m slurm -rs tests/slurm $(SLURM)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
