@@ -29,10 +29,10 @@ def main() -> int:
         rows = [
             (ranks, *(_excess(sizes, flags.batch_size, ranks, on) for on in (False, True))) for ranks in flags.ranks
         ]
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
-    sys.stdout.write(f"{len(sizes):,} systems of {sizes.min()} to {sizes.max()} atoms, batch {batch}\n")
+    sys.stdout.write(f"{len(sizes):,} systems of {sizes.min()} to {sizes.max()} atoms, batch {flags.batch_size}\n")
     for ranks, without, balanced in rows:
         sys.stdout.write(f"{ranks:3d} ranks: {without:.1%} without, {balanced:.1%} with balance\n")
     return 0
