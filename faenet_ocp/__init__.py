@@ -1,8 +1,8 @@
 """FAENet and frame averaging for OC20, on fairchem-core 2.
 
 Public names are loaded when first used, so `import faenet_ocp.frames` needs torch only. Importing `faenet_ocp.trainer`
-registers everything in fairchem's registry: trainer `faenet`, models `faenet` and `frame_averaging`, data set
-`oc20_lmdb`.
+registers everything in fairchem's registry: trainer `faenet`, models `faenet` and `frame_averaging`, data sets
+`oc20_lmdb` and `oc20_packed`.
 """
 
 from importlib import import_module
@@ -17,6 +17,7 @@ _PUBLIC = {
     "Frames": "faenet_ocp.frames",
     "compute_frames": "faenet_ocp.frames",
     "OC20LmdbDataset": "faenet_ocp.lmdb_dataset",
+    "OC20PackedDataset": "faenet_ocp.packed_dataset",
     "register_transform": "faenet_ocp.transforms",
     "FAENetTrainer": "faenet_ocp.trainer",
     "FAENetCalculator": "faenet_ocp.calculator",

@@ -54,7 +54,10 @@ class FAENetBackbone(FAENet, _PlainBackbone):
 
     def forward(self, data: AtomicData) -> dict[str, Any]:  # type: ignore[override]
         """The embeddings of a batch for the heads, `{"faenet": FAENetOutput}`."""
-        vectors = edge_vectors(data.pos, data.cell, data.edge_index, data.cell_offsets, data.batch[data.edge_index[1]])
+        shared = data.shared_vectors if "shared_vectors" in data else None
+        own = slice(data.edge_index.shape[1] - (0 if shared is None else len(shared)))
+        index, offsets = data.edge_index[:, own], data.cell_offsets[own]
+        vectors = edge_vectors(data.pos, data.cell, index, offsets, data.batch[index[1]])
         output = super().forward(
             atomic_numbers=data.atomic_numbers,
             edge_index=data.edge_index,
@@ -62,6 +65,7 @@ class FAENetBackbone(FAENet, _PlainBackbone):
             batch=data.batch,
             num_systems=len(data.natoms),
             tags=data.tags,
+            shared=shared,
         )
         return {"faenet": output}
 
@@ -157,7 +161,9 @@ class FrameAveragedModel(HydraModel):
             return super().forward(data)
         views = _views(frames)
         origin = centroids(data.pos, data.batch, len(data.natoms), dim=self.frames["dim"])
-        seen, atom, atom_view = view_batch(data, views, origin if through_frames else origin.detach())
+        share = isinstance(self.backbone, FAENetBackbone) and data.pos.device.type == "cpu"
+        origin = origin if through_frames else origin.detach()
+        seen, atom, atom_view = view_batch(data, views, origin, share=share)
         outputs = super().forward(seen)
         return _average(outputs, views, atom, atom_view, num_systems=len(data.natoms), num_atoms=len(data.pos))
 
@@ -195,13 +201,17 @@ def with_graph(data: AtomicData, cutoff: float, max_neighbors: int) -> AtomicDat
     return result
 
 
-def view_batch(data: AtomicData, views: Views, origin: Tensor) -> tuple[AtomicData, Tensor, Tensor]:
+def view_batch(
+    data: AtomicData, views: Views, origin: Tensor, *, share: bool = False
+) -> tuple[AtomicData, Tensor, Tensor]:
     """The batch whose systems are the views, with positions and cells in their frames, eqs. (3) and (4).
 
     Args:
         data: batch of B systems.
         views: see `frames.flatten_frames`.
         origin: t of each system, (B, 3).
+        share: put edges last whose vector is that of another edge, and say of which in `shared_vectors`; see
+            `_share_vectors`.
 
     Returns:
         the batch of V systems; for each of its M atoms, which atom of `data` it is (M,) and its view (M,).
@@ -221,6 +231,9 @@ def view_batch(data: AtomicData, views: Views, origin: Tensor) -> tuple[AtomicDa
             setattr(seen, name, getattr(data, name)[atom])
         for name in _SYSTEM_FIELDS:
             setattr(seen, name, getattr(data, name)[views.system])
+        if share and _frames_are_opposite(views, len(data.natoms)):
+            order, seen.shared_vectors = _share_vectors(data, edge, edge_view, len(views.system) // len(data.natoms))
+            edge, edge_view = edge[order], edge_view[order]
         shift = _starts(seen.natoms)[edge_view] - _starts(data.natoms)[views.system][edge_view]
         seen.edge_index = data.edge_index[:, edge] + shift
         seen.cell_offsets = data.cell_offsets[edge]
@@ -229,6 +242,55 @@ def view_batch(data: AtomicData, views: Views, origin: Tensor) -> tuple[AtomicDa
     seen.pos = rotate(centred, views.rot[atom_view])
     seen.cell = rotate(seen.cell, views.rot)
     return seen, atom, atom_view
+
+
+def _frames_are_opposite(views: Views, num_systems: int) -> bool:
+    """Whether all systems have equally many frames, the last the opposite of the first (U and -U), and so on."""
+    if not num_systems or len(views.system) % (2 * num_systems):
+        return False
+    rot = views.rot.view(num_systems, -1, 3, 3)
+    evenly = torch.arange(num_systems, device=rot.device).repeat_interleave(rot.shape[1])
+    return torch.equal(views.system, evenly) and torch.equal(rot, -rot.flip(1))
+
+
+def _share_vectors(data: AtomicData, edge: Tensor, edge_view: Tensor, num_frames: int) -> tuple[Tensor, Tensor]:
+    """Which edges have the vector of another edge: a frame sees r where the opposite one sees -r, that of i -> j.
+
+    Args:
+        data: the batch of systems.
+        edge: edge of `data` that each edge of the views is, (E,), in the order of the views.
+        edge_view: view of each, (E,).
+        num_frames: K; the last frame of a system is the opposite of the first, and so on.
+
+    Returns:
+        the edges of the views, those with vectors of their own first (E,); for each of the others, in ascending order,
+        the one among the first that has its vector (S,).
+    """
+    frame = edge_view % num_frames
+    reverse = _reverse_edges(data)[edge]
+    own = (2 * frame < num_frames) | (reverse < 0)
+    # The edges of a system are in the same order in all of its views.
+    edges_before = _starts(data.nedges)[data.batch[data.edge_index[1]]][edge]
+    opposite = edge_view + num_frames - 1 - 2 * frame
+    counts = data.nedges.repeat_interleave(num_frames)
+    partner = _starts(counts)[opposite] + reverse - edges_before
+    others = (~own).nonzero().squeeze(1)
+    row, order = (own.cumsum(0) - 1)[partner[others]].sort()
+    return torch.cat([own.nonzero().squeeze(1), others[order]]), row
+
+
+def _reverse_edges(data: AtomicData) -> Tensor:
+    """The edge i -> j of every edge j -> i, by atoms and periodic images, (E,); -1 where there is none."""
+    source, target = data.edge_index
+    images = data.cell_offsets.round().long()
+    span = 2 * int(images.abs().max()) + 1 if len(images) else 1
+    code = (images[:, 0] * span + images[:, 1]) * span + images[:, 2]  # -images has the code -code
+    atoms, codes = len(data.pos), span**3
+    key = (source * atoms + target) * codes + code
+    ordered, edge = key.sort()
+    wanted = (target * atoms + source) * codes - code
+    place = torch.searchsorted(ordered, wanted).clamp(max=max(0, len(key) - 1))
+    return edge[place].where(ordered[place] == wanted, -1)
 
 
 def _views(frames: Frames) -> Views:

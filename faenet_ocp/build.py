@@ -14,7 +14,7 @@ from fairchem.core.common.registry import registry
 from torch import nn
 from torch.utils.data import Dataset
 
-from faenet_ocp import lmdb_dataset  # noqa: F401  # registers the data sets
+from faenet_ocp import packed_dataset  # noqa: F401  # registers the data sets
 from faenet_ocp.backbone import FAENetEnergyHead, FAENetForceHead, FrameAveragedModel
 from faenet_ocp.config import Config, SourceConfig, nearest
 

@@ -15,15 +15,13 @@ import yaml
 from faenet_ocp import local_ranks, log_setup
 
 if TYPE_CHECKING:
-    from omegaconf import DictConfig
-
     from faenet_ocp.config import Config
     from faenet_ocp.trainer import FAENetTrainer
 
-_JOB_FLAGS = ("run_dir", "identifier", "seed", "num_gpus", "num_nodes", "cpu", "amp", "debug", "print_every")
+_JOB_FLAGS = ("run_dir", "identifier", "seed", "num_gpus", "num_nodes", "cpu", "amp", "compile", "debug", "print_every")
 _HARMLESS_KEYS = (
     r"logger\b|slurm\b|evaluation_metrics\.metrics\b|dataset\.test\b"
-    r"|job\.(run_dir|identifier|num_gpus|num_nodes|cpu|debug|print_every)$"
+    r"|job\.(run_dir|identifier|num_gpus|num_nodes|cpu|compile|debug|print_every)$"
     r"|optim\.(num_workers|worker_context|balance|eval_batch_size|checkpoint_every|keep_checkpoints|on_write_error)$"
 )
 """What a run may go on with and still end where it would have, but for rounding; all else changes the results."""
@@ -49,7 +47,12 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--config", "--config-yml", metavar="YAML", help="configuration file; needed except with --checkpoint")
-    add("--mode", choices=("train", "validate", "predict"), default="train")
+    add(
+        "--mode",
+        choices=("train", "validate", "predict", "benchmark"),
+        default="train",
+        help="benchmark takes other arguments, those of scripts/benchmark.py",
+    )
     add("--checkpoint", metavar="PT", help="weights to validate or predict with, or to begin training with")
     job = parser.add_argument_group("run", "each of these is also a key of the section job:")
     job.add_argument("--run-dir", metavar="DIR", help="folder that holds the runs (default: runs)")
@@ -61,6 +64,7 @@ def make_parser() -> argparse.ArgumentParser:
     job.add_argument("--num-nodes", type=int, metavar="N")
     job.add_argument("--cpu", action="store_true", default=None, help="do not use a GPU")
     job.add_argument("--amp", action="store_true", default=None, help="bfloat16 autocast")
+    job.add_argument("--compile", action="store_true", default=None, help="torch.compile for FAENet's blocks")
     job.add_argument("--debug", action="store_true", default=None)
     job.add_argument("--print-every", type=int, metavar="N", help="steps between reports")
     add("--sweep-yml", metavar="YAML", help="grid of values, dotted keys with lists: one run for each combination")
@@ -91,12 +95,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags, overrides = make_parser().parse_known_args(argv)
     log_setup.set_up_logging()
     try:
+        if flags.mode == "benchmark":
+            return _benchmark(flags, overrides)
         return _run(flags, overrides)
     except (ValueError, OSError, FloatingPointError, local_ranks.RunError) as error:
         if flags.debug:
             raise
         sys.stderr.write(f"error: {error}\n")
         return local_ranks.WRONG_INPUT if isinstance(error, ValueError) else 1
+
+
+def _benchmark(flags: argparse.Namespace, arguments: Sequence[str]) -> int:
+    defaults = vars(make_parser().parse_args([])) | {"mode": "benchmark"}
+    given = [name for name, value in vars(flags).items() if value != defaults[name]]
+    if given:
+        raise ValueError(f"--{given[0].replace('_', '-')}: has no meaning with --mode benchmark")
+    from faenet_ocp.benchmark import command
+
+    command.main(arguments)
+    return 0
 
 
 def _run(flags: argparse.Namespace, overrides: Sequence[str]) -> int:
@@ -145,7 +162,7 @@ def _prepare_sweep(raw: dict[str, Any], flags: argparse.Namespace) -> list[_Run]
 
 def _run_here(run: _Run, mode: str) -> int:
     _write_configs(run, mode)
-    local_ranks.launch(_canonical(run.trainer.build(run.folder)))
+    local_ranks.launch(local_ranks.fairchem_config(run.trainer.build(run.folder)))
     return _show(run.folder, mode)
 
 
@@ -182,7 +199,8 @@ def _submit(runs: Sequence[_Run], flags: argparse.Namespace) -> int:
         return 0
     for run in runs:
         _write_configs(run, flags.mode)
-    jobs = submission.submit([_canonical(slurm.for_slurm(run.trainer.build(run.folder), run.config)) for run in runs])
+    prepared = [slurm.for_slurm(run.trainer.build(run.folder), run.config) for run in runs]
+    jobs = submission.submit([local_ranks.fairchem_config(job) for job in prepared])
     for run, job in zip(runs, jobs, strict=True):
         slurm.note_job(run.folder, job)
     sys.stdout.write(slurm.report(submission, {run.folder: job for run, job in zip(runs, jobs, strict=True)}))
@@ -273,18 +291,6 @@ def _flat(content: Any, prefix: str = "") -> dict[str, Any]:
         for name, part in content.items()
         for key, value in _flat(part, f"{prefix}.{name}" if prefix else str(name)).items()
     }
-
-
-def _canonical(job_and_runner: dict[str, Any]) -> "DictConfig":
-    """fairchem's own configuration of a run, saved in the run's folder as fairchem does."""
-    from fairchem.core._cli import get_canonical_config
-    from fairchem.core.launchers.api import JobConfig
-    from omegaconf import OmegaConf
-
-    config = get_canonical_config(OmegaConf.merge({"job": OmegaConf.structured(JobConfig)}, job_and_runner))
-    os.makedirs(config.job.metadata.log_dir, exist_ok=True)
-    OmegaConf.save(config, config.job.metadata.config_path)
-    return config
 
 
 def _show(folder: Path, mode: str) -> int:

@@ -174,7 +174,11 @@ class LoggerConfig(_Section):
 
 
 class JobConfig(_Section):
-    """`job:` the run itself; each key has a command line flag of the same name."""
+    """`job:` the run itself; each key has a command line flag of the same name.
+
+    `compile` takes torch.compile for FAENet's interaction blocks, in training and evaluation; where it fails, a warning
+    says so and the run goes on without.
+    """
 
     run_dir: str = "runs"
     identifier: str | None = None
@@ -183,6 +187,7 @@ class JobConfig(_Section):
     num_nodes: int = Field(default=1, ge=1)
     cpu: bool = False
     amp: bool = False
+    compile: bool = False
     precision: Literal["float32", "float64"] = "float32"
     debug: bool = False
     print_every: int = Field(default=10, ge=1)

@@ -80,18 +80,24 @@ def filtered_sum(
     target: Tensor,
     act: Activation,
     knots: Knots | None = None,
+    shared: Tensor | None = None,
+    *,
+    opaque: bool = False,
 ) -> Tensor:
     """m_i = sum over edges j -> i of act(W e_ij + a_j + b_i + t(d_ij)) * v_j, differentiable any number of times.
 
     Args:
-        e: edge embeddings, (E, F).
+        e: edge embeddings, (E, F), or without those of the last S edges, if `shared` is given.
         weight: W, (M, F).
         nodes: a and b beside each other, (N, 2 M).
         values: v, (N, M). Sums have their precision; filters have that of autocast, if it is on.
         source: j of every edge, (E,).
         target: i of every edge, (E,), best sorted.
         act: activation function, elementwise.
-        knots: t, with M channels; none is 0.
+        knots: t, with M channels, at as many distances as there are edge embeddings; none is 0.
+        shared: (S,) row of e, and of `knots`, that is also that of each of the last S edges, ascending: what has been
+            computed for one edge is taken for another.
+        opaque: torch.compile is not to look inside, at the price of a break in its graph.
 
     Returns:
         (N, M).
@@ -104,9 +110,14 @@ def filtered_sum(
             knot_values, knot_weight = knot_values.to(dtype), knot_weight.to(dtype)
     if not torch.is_grad_enabled():
         weight = weight.detach()  # a parameter would seem to need what only a gradient needs
-    function = plain_filtered_sum if torch.compiler.is_compiling() else _FilteredSum.apply
-    with torch.autocast(e.device.type, enabled=False):
-        return function(e, weight, nodes, values, knot_values, near, knot_weight, source, target, act)
+    function = _in_blocks if opaque or not torch.compiler.is_compiling() else plain_filtered_sum
+    return function(e, weight, nodes, values, knot_values, near, knot_weight, source, target, act, shared)
+
+
+@torch.compiler.disable
+def _in_blocks(*arguments: Any) -> Tensor:
+    with torch.autocast(arguments[0].device.type, enabled=False):
+        return _FilteredSum.apply(*arguments)
 
 
 def plain_filtered_sum(
@@ -120,13 +131,18 @@ def plain_filtered_sum(
     source: Tensor,
     target: Tensor,
     act: Activation,
+    shared: Tensor | None = None,
 ) -> Tensor:
     """`filtered_sum`, over all edges at once: what a compiler takes, and what derivatives of derivatives come from."""
-    a, b = nodes.chunk(2, dim=1)
-    filters = functional.linear(e, weight) + a.index_select(0, source) + b.index_select(0, target)
-    if knot_values is not None and near is not None and knot_weight is not None:
-        filters = filters + (knot_values[near] * knot_weight.unsqueeze(2)).sum(dim=1)
-    return segment_sum(act(filters) * values.index_select(0, source), target, len(values))
+    with torch.autocast(e.device.type, enabled=False):
+        a, b = nodes.chunk(2, dim=1)
+        filters = functional.linear(e, weight)
+        if knot_values is not None and near is not None and knot_weight is not None:
+            filters = filters + (knot_values[near] * knot_weight.unsqueeze(2)).sum(dim=1)
+        if shared is not None:
+            filters = torch.cat([filters, filters.index_select(0, shared)])
+        filters = filters + a.index_select(0, source) + b.index_select(0, target)
+        return segment_sum(act(filters) * values.index_select(0, source), target, len(values))
 
 
 class _FilteredSum(torch.autograd.Function):
@@ -145,50 +161,76 @@ class _FilteredSum(torch.autograd.Function):
         source: Tensor,
         target: Tensor,
         act: Activation,
+        shared: Tensor | None,
     ) -> Tensor:
         keep = any(ctx.needs_input_grad)
         # Row 2 j of the table is a_j, row 2 i + 1 is b_i: one bag an edge adds them up.
         table = nodes.reshape(-1, len(weight))
         bags = torch.stack([2 * source, 2 * target + 1], dim=1)
-        kept = e.new_empty(len(e) if keep else 0, len(weight))
+        kept = e.new_empty(len(source) if keep else 0, len(weight))
         m = torch.zeros_like(values)
-        for rows in edge_blocks(len(e), e.device):
-            linear = functional.embedding_bag(bags[rows], table, mode="sum")
+        for rows, users in _users(len(e), shared, e.device):
             if knot_values is not None and near is not None and knot_weight is not None:
-                linear += functional.embedding_bag(
+                common = functional.embedding_bag(
                     near[rows], knot_values, mode="sum", per_sample_weights=knot_weight[rows]
-                )
-            linear.addmm_(e[rows], weight.t())
-            if keep:
-                kept[rows] = linear
-            m.index_add_(0, target[rows], act(linear) * values.index_select(0, source[rows]))
+                ).addmm_(e[rows], weight.t())
+            else:
+                common = e[rows] @ weight.t()
+            for edges, place in reversed(users):
+                linear = functional.embedding_bag(bags[edges], table, mode="sum")
+                linear += common if place is None else common.index_select(0, place)
+                if keep:
+                    kept[edges] = linear
+                m.index_add_(0, target[edges], act(linear) * values.index_select(0, source[edges]))
         ctx.act = act
-        ctx.save_for_backward(e, weight, nodes, values, knot_values, near, knot_weight, source, target, kept)
+        ctx.save_for_backward(e, weight, nodes, values, knot_values, near, knot_weight, source, target, shared, kept)
         return m
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        *arguments, kept = ctx.saved_tensors
+        *arguments, shared, kept = ctx.saved_tensors
         if torch.is_grad_enabled():  # the gradient itself is to be differentiated
-            gradients = _differentiable_gradients(arguments, ctx.act, grad_outputs[0], ctx.needs_input_grad[:5])
+            gradients = _differentiable_gradients(arguments, ctx.act, shared, grad_outputs[0], ctx.needs_input_grad[:5])
         else:
-            gradients = _gradients(arguments, kept, ctx.act, grad_outputs[0], with_edges=ctx.needs_input_grad[0])
-        return *gradients, None, None, None, None, None
+            gradients = _gradients(
+                arguments, kept, ctx.act, shared, grad_outputs[0], with_edges=ctx.needs_input_grad[0]
+            )
+        return *gradients, None, None, None, None, None, None
+
+
+def _users(
+    num_rows: int, shared: Tensor | None, device: torch.device
+) -> Iterator[tuple[slice, list[tuple[slice, Tensor | None]]]]:
+    """Blocks of rows of e, each with the edges that they belong to, and the edges' places in it (None: in order)."""
+    blocks = list(edge_blocks(num_rows, device))
+    if shared is None:
+        for rows in blocks:
+            yield rows, [(rows, None)]
+        return
+    starts = torch.searchsorted(shared, torch.tensor([rows.start for rows in blocks], device=device)).tolist()
+    for rows, start, end in zip(blocks, starts, [*starts[1:], len(shared)], strict=True):
+        yield rows, [(rows, None), (slice(num_rows + start, num_rows + end), shared[start:end] - rows.start)]
 
 
 def _differentiable_gradients(
-    arguments: list[Any], act: Activation, grad_m: Tensor, needed: tuple[bool, ...]
+    arguments: list[Any], act: Activation, shared: Tensor | None, grad_m: Tensor, needed: tuple[bool, ...]
 ) -> list[Tensor | None]:
     # Views: one argument may have been computed from another, whose gradient here is the direct one alone.
     arguments = [None if argument is None else argument.view_as(argument) for argument in arguments]
-    m = plain_filtered_sum(*[*arguments, act])
+    m = plain_filtered_sum(*[*arguments, act, shared])
     inputs = [argument for argument, needs in zip(arguments, needed, strict=False) if needs]
     found = iter(torch.autograd.grad(m, inputs, grad_m, create_graph=True))
     return [next(found) if needs else None for needs in needed]
 
 
 def _gradients(
-    arguments: list[Any], kept: Tensor, act: Activation, grad_m: Tensor, *, with_edges: bool
+    arguments: list[Any],
+    kept: Tensor,
+    act: Activation,
+    shared: Tensor | None,
+    grad_m: Tensor,
+    *,
+    with_edges: bool,
 ) -> list[Tensor | None]:
     """Gradients by the first five arguments, a block of edges at a time; sums in the precision of the values."""
     e, weight, nodes, values, knot_values, near, knot_weight, source, target = arguments
@@ -196,24 +238,28 @@ def _gradients(
     grad_weight = torch.zeros_like(weight, dtype=values.dtype)
     grad_a, grad_b, grad_values = (torch.zeros_like(values) for _ in range(3))
     grad_knots = None if knot_values is None else torch.zeros_like(knot_values, dtype=values.dtype)
-    for rows in edge_blocks(len(e), e.device):
-        j, i = source[rows], target[rows]
-        grad = grad_m.index_select(0, i)
-        with torch.enable_grad():
-            linear = kept[rows].detach().requires_grad_()
-            filters = act(linear)
-        grad_values.index_add_(0, j, grad * filters.detach())
-        grad *= values.index_select(0, j)
-        (grad_linear,) = torch.autograd.grad(filters, linear, grad.to(filters.dtype))
+    for rows, users in _users(len(e), shared, e.device):
+        grad_common = kept.new_empty(0)
+        for edges, place in users:
+            j, i = source[edges], target[edges]
+            grad = grad_m.index_select(0, i)
+            with torch.enable_grad():
+                linear = kept[edges].detach().requires_grad_()
+                filters = act(linear)
+            grad_values.index_add_(0, j, grad * filters.detach())
+            grad *= values.index_select(0, j)
+            (grad_linear,) = torch.autograd.grad(filters, linear, grad.to(filters.dtype))
+            exact = grad_linear.to(values.dtype)
+            grad_a.index_add_(0, j, exact)
+            grad_b.index_add_(0, i, exact)
+            grad_common = grad_linear if place is None else grad_common.index_add_(0, place, grad_linear)
         if grad_e is not None:
-            torch.mm(grad_linear, weight, out=grad_e[rows])
-        grad_weight += grad_linear.t() @ e[rows]
-        grad_linear = grad_linear.to(values.dtype)
-        grad_a.index_add_(0, j, grad_linear)
-        grad_b.index_add_(0, i, grad_linear)
+            torch.mm(grad_common, weight, out=grad_e[rows])
+        grad_weight += grad_common.t() @ e[rows]
         if grad_knots is not None:
+            grad_common = grad_common.to(values.dtype)
             for knot, share in zip(near[rows].unbind(1), knot_weight[rows].unbind(1), strict=True):
-                grad_knots.index_add_(0, knot, grad_linear * share.to(grad_linear.dtype).unsqueeze(1))
+                grad_knots.index_add_(0, knot, grad_common * share.to(grad_common.dtype).unsqueeze(1))
     return [
         grad_e,
         grad_weight.to(weight.dtype),

@@ -152,6 +152,7 @@ class FAENet(nn.Module):
         batch: Tensor,
         num_systems: int,
         tags: Tensor | None = None,
+        shared: Tensor | None = None,
     ) -> FAENetOutput:
         """Embed the atoms of a batch of systems.
 
@@ -162,6 +163,7 @@ class FAENet(nn.Module):
             batch: system of every atom, (N,).
             num_systems: B.
             tags: (N,) integers 0, 1 or 2; needed when the model embeds them.
+            shared: (S,) rows of edge_vec, ascending, which then has E - S rows: the vectors of the last S edges, too.
 
         Raises:
             ValueError: an element that the model does not know, or tags are needed and missing.
@@ -174,6 +176,8 @@ class FAENet(nn.Module):
             e, knots = self.edge_embedding.with_knots(edge_vec)
         else:
             e = self.edge_embedding(edge_vec)
+        if shared is not None and self.mp_type not in TABULATED:
+            e, shared = torch.cat([e, e.index_select(0, shared)]), None
         # Under autocast, embeddings and sums over atoms stay in the precision of the input.
         h = self.atom_embedding(atomic_numbers, tags).to(edge_vec.dtype)
         graph = Graph(
@@ -184,6 +188,7 @@ class FAENet(nn.Module):
             norm_batch=batch if self.graph_norm == "system" else None,
             num_systems=num_systems,
             knots=knots,
+            shared=shared,
         )
         hidden_states = [h]
         for block in self.blocks:

@@ -48,7 +48,8 @@ They are differentiable (signs are constants) except where the spectrum is degen
 there are infinite or nan. Pass ``pos.detach()`` to hold the frames constant.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import product
 from math import prod
 from typing import NamedTuple
@@ -56,6 +57,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+Generators = torch.Generator | Sequence[torch.Generator] | None
 METHODS = ("full", "stochastic", "det", "canonical", "none")
 DIMS = (2, 3)
 GROUPS = ("E", "SE")
@@ -132,7 +134,7 @@ def compute_frames(
     dim: int,
     group: str,
     atomic_numbers: Tensor | None = None,
-    generator: torch.Generator | None = None,
+    generator: Generators = None,
     tolerance: float = 1e-3,
 ) -> Frames:
     """Compute the frames of every system of a batch, eqs. (2) and (5).
@@ -146,7 +148,7 @@ def compute_frames(
         dim: 3, or 2 to keep z.
         group: "E" (with reflections) or "SE" (rotations only).
         atomic_numbers: (N,), read by ``canonical`` only.
-        generator: source of the draws of ``stochastic``; torch's own if None.
+        generator: source of the draws of ``stochastic``, or one for each system; torch's own if None.
         tolerance: canonical: odd invariants and relative extents below it count as 0.
 
     Returns:
@@ -216,7 +218,7 @@ def random_rotations(
     *,
     dim: int,
     reflect: bool,
-    generator: torch.Generator | None = None,
+    generator: Generators = None,
     dtype: torch.dtype,
     device: torch.device | str,
 ) -> Frames:
@@ -226,7 +228,7 @@ def random_rotations(
         num_systems: B.
         dim: 3 for any rotation, 2 for rotations about z.
         reflect: also draw reflections: half of the matrices then have determinant -1.
-        generator: source of randomness; torch's own if None.
+        generator: source of randomness, or one for each system; torch's own if None.
         dtype: of the result.
         device: of the result.
 
@@ -234,15 +236,14 @@ def random_rotations(
         K = 1 frame per system, uniform (Haar measure) on SO(dim), or on O(dim) with ``reflect``.
     """
     _check_choice("dim", dim, DIMS)
-    source = torch.device(device) if generator is None else generator.device
-    normals = torch.randn(num_systems, 4, generator=generator, dtype=torch.float64, device=source)
+    normals = _each(generator, num_systems, device, partial(torch.randn, dtype=torch.float64), 4)
     if dim == 3:
         axes = _rotation_from_quaternion(normals / normals.norm(dim=1, keepdim=True))
     else:
         cos, sin = (normals[:, :2] / normals[:, :2].norm(dim=1, keepdim=True)).unbind(1)
         axes = torch.stack([cos, -sin, sin, cos], dim=1).reshape(-1, 2, 2)
     if reflect:
-        sign = 1 - 2 * _draw(2, num_systems, generator, source)
+        sign = 1 - 2 * _draw(2, num_systems, generator, normals.device)
         axes = torch.cat([axes[:, :, :1] * sign[:, None, None], axes[:, :, 1:]], dim=2)
     rot = _embed(axes).to(device=device, dtype=dtype).unsqueeze(1)
     return Frames(rot, torch.ones_like(rot[:, :, 0, 0]))
@@ -373,10 +374,19 @@ def _agreeing(patterns: Tensor, lead: Tensor, group: str) -> Tensor:
     return (agrees | ~decided.unsqueeze(1)).all(dim=2)
 
 
-def _draw(upper: int, count: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
-    """Uniform integers below ``upper``, drawn where the generator lives."""
-    source = device if generator is None else generator.device
-    return torch.randint(upper, (count,), generator=generator, device=source).to(device)
+def _draw(upper: int, count: int, generator: Generators, device: torch.device) -> Tensor:
+    """Uniform integers below ``upper``, (count,), drawn where the generator lives."""
+    return _each(generator, count, device, partial(torch.randint, upper)).to(device)
+
+
+def _each(
+    generator: Generators, count: int, device: torch.device | str, draw: Callable[..., Tensor], *shape: int
+) -> Tensor:
+    """Draws (count, *shape), from one generator or a row from each of `count`."""
+    if generator is None or isinstance(generator, torch.Generator):
+        source = torch.device(device) if generator is None else generator.device
+        return draw((count, *shape), generator=generator, device=source)
+    return torch.cat([draw((1, *shape), generator=one, device=one.device) for one in generator])
 
 
 def _embed(axes: Tensor) -> Tensor:

@@ -19,16 +19,25 @@ from typing import Any
 import numpy as np
 import torch
 from fairchem.core.common.registry import registry
-from fairchem.core.datasets.atomic_data import AtomicData
+from fairchem.core.datasets.atomic_data import AtomicData, atomicdata_list_to_batch
 from fairchem.core.datasets.base_dataset import BaseDataset
 from numpy.typing import NDArray
-from torch import Tensor
 from tqdm import tqdm
 
-from faenet_ocp.graph import build_graph, edge_vectors, limit_neighbors
 from faenet_ocp.lmdb_files import LmdbFile, resolve_files
 from faenet_ocp.lmdb_records import RecordError, decode_record
+from faenet_ocp.record_batch import (
+    NUM_ELEMENTS,
+    Fields,
+    Reading,
+    array_of,
+    assign_batch_stats,
+    make_batch,
+    whole_number,
+)
 from faenet_ocp.transforms import Compose
+
+__all__ = ["NUM_ELEMENTS", "OC20LmdbDataset"]
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +46,6 @@ EDGES = ("stored", "recompute", "none")
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 LABELS = {"energy": ("y_relaxed", "energy", "y"), "forces": ("forces", "force")}
 """The labels, and the names they have had in OC20 files: IS2RE, fairchem 1.x, earlier."""
-NUM_ELEMENTS = 119
 # Read by fairchem's create_dataset from the same mapping.
 _HOST_KEYS = ("format", "first_n", "sample_n", "no_shuffle", "max_atoms", "subset_to")
 
@@ -54,7 +62,7 @@ class OC20LmdbDataset(BaseDataset[AtomicData]):
     always builds them; `none` leaves them to the model. Either way ``graph.limit_neighbors`` cuts them to `cutoff` and
     `max_neighbors` **before** transforms, so removing sub-surface atoms does not bring in other neighbours. OC20 stores
     the 50 nearest neighbours within 6 A, cut strictly. Where the stored list of an atom ends inside the shell of its
-    last neighbour, the record's edges are built anew, so that the graph is always the one that `recompute` gives. That
+    last neighbour, that list is built anew, so that the graph is always the one that `recompute` gives. That
     holds as long as `cutoff` is at most that of the file and the file has more neighbours than asked for, where there
     are more; use `recompute` for larger limits.
 
@@ -79,41 +87,76 @@ class OC20LmdbDataset(BaseDataset[AtomicData]):
         RecordError: (when reading) a record that cannot be read or used; names file, record and reason.
     """
 
+    _file: type[LmdbFile] = LmdbFile
+
     def __init__(self, config: Mapping[str, Any]):
         config = dict(config)
         _check_config(config)
         super().__init__({key: value for key, value in config.items() if key != "src"})
         self.config = config
-        self.files = [LmdbFile(path) for path in resolve_files(config["src"])]
+        self.files = [self._file(path) for path in resolve_files(config["src"])]
         self.paths = [file.path for file in self.files]
         self._ends = np.cumsum([len(file) for file in self.files]).tolist()
         self.num_samples = self._ends[-1]
         if self.num_samples == 0:
             raise ValueError(f"no records in {', '.join(map(str, self.paths))}")
-        self.sources = _label_sources(config.get("labels"), config.get("key_mapping") or {})
-        self.edges = config.get("edges", "stored")
+        self._reading = Reading(
+            labels=_label_sources(config.get("labels"), config.get("key_mapping") or {}),
+            edges=config.get("edges", "stored"),
+            dtype=DTYPES[config.get("dtype", "float32")],
+            cutoff=config.get("cutoff", 0.0),
+            max_neighbors=config.get("max_neighbors", 0),
+        )
         self.transforms = Compose(config.get("transforms") or {})
         self.seed = config.get("seed", 0)
-        self.dtype = DTYPES[config.get("dtype", "float32")]
         self.name = config.get("dataset_name", "oc20")
 
     def __getitem__(self, key: int | tuple[int, int]) -> AtomicData:
-        epoch, index = key if isinstance(key, tuple) else (0, key)
-        file, position = self._locate(int(index))
-        value = file.read(position)
-        place = f"{file.path}: record {file.numbers[position]}"
-        try:
-            fields = decode_record(value)
-            sid = _identifier(fields, default=str(index))
-            place += f" (sid {sid})"
-            data = self._sample(fields, sid)
-            if len(self.transforms):
-                data = self.transforms(data, self._generator(epoch, int(index)))
-        except RecordError as error:
-            raise RecordError(f"{place} {error}") from error
-        except ValueError as error:
-            raise RecordError(f"{place}: {error}") from error
+        data = self._load([key])
+        data.dataset = self.name  # the constructor would make a list of it, which fairchem's collater cannot use
         return data
+
+    def load_batch(self, keys: Sequence[int | tuple[int, int]]) -> AtomicData:
+        """The batch of ``dataset[key]`` for all keys, to the last bit, in a fraction of the time.
+
+        That is so with transforms that work on batches (``transforms.BatchTransform``). Otherwise, and in a subclass
+        with a ``__getitem__`` of its own, samples are made one by one.
+
+        Raises:
+            RecordError: one of the records cannot be used; ``dataset[key]`` says which.
+        """
+        if not self.transforms.takes_batches or type(self).__getitem__ is not OC20LmdbDataset.__getitem__:
+            return atomicdata_list_to_batch([self[key] for key in keys])
+        data = self._load(keys).contiguous()
+        data.dataset = [self.name] * len(keys)
+        assign_batch_stats(data)
+        return data
+
+    def _load(self, keys: Sequence[int | tuple[int, int]]) -> AtomicData:
+        pairs = [key if isinstance(key, tuple) else (0, key) for key in keys]
+        places = [self._locate(int(index)) for _, index in pairs]
+        values = [file.read(position) for file, position in places]
+        file, position = places[0]
+        name = f"{file.path}: record {file.numbers[position]}" if len(keys) == 1 else f"one of {len(keys)} records"
+        try:
+            records = [self._decode(value) for value in values]
+            sids = [_identifier(fields, str(index)) for fields, (_, index) in zip(records, pairs, strict=True)]
+            if len(keys) == 1:
+                name += f" (sid {sids[0]})"
+            data = self._make(records, sids)
+            if len(self.transforms):
+                data = self.transforms.apply(data, [self._generator(epoch, int(index)) for epoch, index in pairs])
+        except RecordError as error:
+            raise RecordError(f"{name} {error}") from error
+        except ValueError as error:
+            raise RecordError(f"{name}: {error}") from error
+        return data
+
+    def _decode(self, value: bytes) -> Fields:
+        return decode_record(value)
+
+    def _make(self, records: Sequence[Fields], sids: list[str]) -> AtomicData:
+        return make_batch(records, sids, self._reading, surface=self.transforms.removes_subsurface_first)
 
     def _locate(self, index: int) -> tuple[LmdbFile, int]:
         if not 0 <= index < self.num_samples:
@@ -124,74 +167,6 @@ class OC20LmdbDataset(BaseDataset[AtomicData]):
     def _generator(self, epoch: int, index: int) -> torch.Generator:
         (seed,) = np.random.SeedSequence([self.seed, epoch, index]).generate_state(1, np.uint64)
         return torch.Generator().manual_seed(int(seed))
-
-    def _sample(self, fields: Mapping[str, Any], sid: str) -> AtomicData:
-        pos = _tensor(fields, "pos", (None, 3), self.dtype)
-        num_atoms = len(pos)
-        if num_atoms == 0 or _whole(fields, "natoms", default=num_atoms) != num_atoms:
-            raise RecordError(f"has {num_atoms} positions for {fields.get('natoms')} atoms")
-        cell = _tensor(fields, "cell", (1, 3, 3), self.dtype)
-        pbc = _tensor(fields, "pbc", (1, 3), torch.bool) if "pbc" in fields else torch.ones(1, 3, dtype=torch.bool)
-        atomic_numbers = _tensor(fields, "atomic_numbers", (num_atoms,), torch.long)
-        if not 1 <= int(atomic_numbers.min()) <= int(atomic_numbers.max()) < NUM_ELEMENTS:
-            raise RecordError(f"has atomic numbers outside 1 to {NUM_ELEMENTS - 1}")
-        edge_index, cell_offsets = self._graph(fields, pos, cell, pbc)
-        zeros = torch.zeros(num_atoms, dtype=torch.long)
-        data = AtomicData(
-            pos=pos,
-            atomic_numbers=atomic_numbers,
-            cell=cell,
-            pbc=pbc,
-            natoms=torch.tensor([num_atoms]),
-            edge_index=edge_index,
-            cell_offsets=cell_offsets,
-            nedges=torch.tensor([edge_index.shape[1]]),
-            charge=torch.zeros(1, dtype=torch.long),
-            spin=torch.zeros(1, dtype=torch.long),
-            tags=_tensor(fields, "tags", (num_atoms,), torch.long) if "tags" in fields else zeros,
-            fixed=_tensor(fields, "fixed", (num_atoms,), torch.long) if "fixed" in fields else zeros.clone(),
-            sid=[sid],
-        )
-        for label, names in self.sources.items():
-            setattr(data, label, self._label(fields, label, names, num_atoms))
-        data.fid = torch.tensor([_whole(fields, "fid", default=-1)])
-        data.dataset = self.name  # the constructor would make a list of it, which fairchem's collater cannot use
-        data.composition = torch.bincount(atomic_numbers, minlength=NUM_ELEMENTS).view(1, -1).float()
-        return data
-
-    def _label(self, fields: Mapping[str, Any], label: str, names: Sequence[str], num_atoms: int) -> Tensor:
-        present = [name for name in names if name in fields] or [name for name in (label,) if name in fields]
-        if not present:
-            raise RecordError(f"has no label {label!r} (looked for {', '.join(names)}; it has {_listing(fields)})")
-        if len(present) > 1:
-            raise RecordError(f"has several candidates for {label!r}: {', '.join(present)}; choose with key_mapping")
-        if label == "forces":
-            return _tensor(fields, present[0], (num_atoms, 3), self.dtype)
-        return _tensor(fields, present[0], (1,), self.dtype)
-
-    def _graph(self, fields: Mapping[str, Any], pos: Tensor, cell: Tensor, pbc: Tensor) -> tuple[Tensor, Tensor]:
-        """The sample's edge_index (2, e) and cell_offsets (e, 3)."""
-        if self.edges == "none":
-            return torch.empty(2, 0, dtype=torch.long), pos.new_empty(0, 3)
-        limits = {"cutoff": self.config["cutoff"], "max_neighbors": self.config["max_neighbors"]}
-        if self.edges == "recompute" or np.size(fields.get("edge_index", ())) == 0:
-            return build_graph(pos, cell, pbc, **limits)
-        edge_index = _tensor(fields, "edge_index", (2, None), torch.long)
-        if not 0 <= int(edge_index.min()) <= int(edge_index.max()) < len(pos):
-            raise RecordError(f"has edges of atoms outside 0 to {len(pos) - 1}")
-        cell_offsets = _tensor(fields, "cell_offsets", (edge_index.shape[1], 3), torch.long).to(self.dtype)
-        # Not the stored distances: those of some files belong to other positions (pos_relaxed).
-        vectors = edge_vectors(pos.double(), cell.double(), edge_index, cell_offsets)
-        distances = torch.linalg.vector_norm(vectors, dim=1)
-        is_atom_itself = (edge_index[0] == edge_index[1]) & (distances == 0)
-        distances[is_atom_itself] = torch.inf
-        kept = limit_neighbors(edge_index, distances, num_atoms=len(pos), **limits)
-        stored_count, kept_count = (
-            torch.bincount(targets, minlength=len(pos)) for targets in (edge_index[1], edge_index[1, kept])
-        )
-        if bool(((kept_count == stored_count) & (stored_count >= limits["max_neighbors"])).any()):
-            return build_graph(pos, cell, pbc, **limits)  # a stored list ends inside a shell that must be whole
-        return edge_index[:, kept], cell_offsets[kept]
 
     # Sizes
 
@@ -222,7 +197,7 @@ class OC20LmdbDataset(BaseDataset[AtomicData]):
         for index in tqdm(range(self.num_samples), desc="sizes of the systems", unit="system", mininterval=1.0):
             file, position = self._locate(index)
             try:
-                natoms[index] = len(_tensor(decode_record(file.read(position)), "pos", (None, 3), self.dtype))
+                natoms[index] = len(array_of(self._decode(file.read(position)), "pos", (None, 3)))
             except RecordError as error:
                 if bad is None:
                     raise RecordError(f"{file.path}: record {file.numbers[position]} {error}") from error
@@ -280,44 +255,10 @@ def _label_sources(labels: Sequence[str] | None, key_mapping: Mapping[str, str])
     return sources
 
 
-def _tensor(fields: Mapping[str, Any], name: str, shape: tuple[int | None, ...], dtype: torch.dtype) -> Tensor:
-    """A copy of a field as a tensor; RecordError if it is missing, of another shape, or holds other numbers."""
-    value = fields.get(name)
-    if not isinstance(value, np.ndarray | int | float):
-        raise RecordError(f"has no field {name!r}" if value is None else f"has no numbers in the field {name!r}")
-    array = np.asarray(value)
-    if array.ndim == len(shape) - 1 and shape[0] == 1:
-        array = array[None]  # a system's cell may be (3, 3), its energy a number
-    if array.ndim != len(shape) or any(n not in (None, m) for n, m in zip(shape, array.shape, strict=True)):
-        expected = ", ".join("any" if n is None else str(n) for n in shape)
-        raise RecordError(f"has {name} of shape {array.shape}, not ({expected})")
-    if array.dtype.kind == "f" and not dtype.is_floating_point and not _all_whole(array):
-        raise RecordError(f"has values in {name} that are no whole numbers")
-    result = torch.from_numpy(array.copy()).to(dtype)
-    if dtype.is_floating_point and not bool(torch.isfinite(result).all()):
-        raise RecordError(f"has values in {name} that are not finite")
-    return result
-
-
-def _all_whole(array: NDArray[Any]) -> bool:
-    return bool((np.abs(array) < 2**31).all()) and bool((array == np.rint(array)).all())
-
-
-def _whole(fields: Mapping[str, Any], name: str, *, default: int) -> int:
-    value = np.asarray(fields.get(name, default))
-    if value.size != 1 or value.dtype.kind not in "iuf" or value.item() != int(value.item()):
-        raise RecordError(f"has a {name} that is no whole number")
-    return int(value.item())
-
-
-def _identifier(fields: Mapping[str, Any], *, default: str) -> str:
+def _identifier(fields: Fields, default: str) -> str:
     """The sid as text: a number in OC20, free text elsewhere, the sample's index if there is none."""
     sid = fields.get("sid", default)
-    return sid if isinstance(sid, str) else str(_whole(fields, "sid", default=0))
-
-
-def _listing(fields: Mapping[str, Any]) -> str:
-    return ", ".join(sorted(fields)[:30]) or "no fields"
+    return sid if isinstance(sid, str) else str(whole_number(fields, "sid", default=0))
 
 
 def _read_metadata(files: Sequence[LmdbFile]) -> dict[str, NDArray[Any]]:

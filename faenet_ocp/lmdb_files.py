@@ -19,6 +19,8 @@ from faenet_ocp.lmdb_records import RecordError, decode_count
 
 logger = logging.getLogger(__name__)
 
+PACKED_KEY = b"packed"
+"""Only packed files (``packed_dataset``) have it."""
 _LENGTH_KEY = b"length"
 _PAGE_SIZE_AT = 40  # bytes into a header page
 _PAGE_SIZES = tuple(2**power for power in range(9, 17))
@@ -128,6 +130,8 @@ class LmdbFile:
 
     def _find_numbers(self, txn: lmdb.Transaction) -> Sequence[int]:
         entries = txn.stat()["entries"]
+        if txn.get(PACKED_KEY) is not None:
+            raise ValueError(f"{self.path}: is a packed file: dataset.format: oc20_packed")
         length = txn.get(_LENGTH_KEY)
         if length is None:
             if entries == 0 or (txn.get(b"0") is not None and txn.get(b"%d" % (entries - 1)) is not None):

@@ -11,6 +11,7 @@ import math
 import re
 import struct
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -77,7 +78,7 @@ def decode_record(value: bytes) -> dict[str, Any]:
         RecordError: `value` is cut short, damaged, not a ``Data``, or names a class or function that no OC20 record
             needs; nothing it names has been run or imported.
     """
-    root = load(value, _find)
+    root = load(value, _find, _mark)
     if not isinstance(root, Instance) or root.cls.name != "Data":
         raise RecordError(f"is no pickled torch_geometric Data but a {type_name(root)}")
     fields: Any = root.attributes
@@ -168,17 +169,81 @@ def _rebuild_tensor(
     A shape with more elements than the storage (an expanded tensor) is refused: its copy could be of any size.
     """
     check(type(storage) is np.ndarray and storage.ndim == 1, "a tensor without storage")
+    elements, last, is_contiguous = _extent(offset, size, stride)
+    if elements > len(storage) or last >= len(storage):
+        raise RecordError(f"holds a tensor of shape {size} in a storage of {len(storage)} elements")
+    if is_contiguous:
+        return storage[offset : offset + elements].reshape(size)
+    steps = tuple(step * storage.itemsize for step in stride)
+    return np.lib.stride_tricks.as_strided(storage[offset:], size, steps, writeable=False)
+
+
+@lru_cache(maxsize=4096)
+def _extent(offset: Any, size: Any, stride: Any) -> tuple[int, int, bool]:
+    """Number of elements of a tensor, place of the last one in its storage, whether they lie one after the other."""
     numbers = (offset, *size, *stride)
     plausible = len(size) == len(stride) <= _MAX_DIMS and all(type(n) is int and 0 <= n < 2**63 for n in numbers)
     check(plausible, "a tensor of impossible shape")
     elements = math.prod(size)
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) if elements else -1
-    if elements > len(storage) or last >= len(storage):
-        raise RecordError(f"holds a tensor of shape {size} in a storage of {len(storage)} elements")
-    if stride == tuple(math.prod(size[axis + 1 :]) for axis in range(len(size))):
-        return storage[offset : offset + elements].reshape(size)
-    steps = tuple(step * storage.itemsize for step in stride)
-    return np.lib.stride_tricks.as_strided(storage[offset:], size, steps, writeable=False)
+    return elements, last, stride == tuple(math.prod(size[axis + 1 :]) for axis in range(len(size)))
+
+
+# A whole tensor at once. After its first tensor, a record of PyG holds the others as the sequence of 30 instructions
+# below; read one by one they take most of the time of a record. Anything else is read one by one.
+
+_NUMBER = rb"(?:K.|M..|J....)"
+_FRAME = rb"(?:\x95.{8})?"  # the pickler begins a new one after much data
+_TENSOR_HEAD = re.compile(rb"h(?P<load>.)" + _FRAME + rb"(?:B(?P<long>....)|C(?P<short>.))", re.DOTALL)
+_TENSOR_TAIL = re.compile(
+    _FRAME + rb"\x94\x85\x94R\x94K\x00"  # (bytes,), the call for the storage, offset 0
+    rb"(?P<size>" + _NUMBER + rb"{1,3})(?P<size_end>[\x85-\x87])\x94"
+    rb"(?P<stride>" + _NUMBER + rb"{1,3})(?P<stride_end>[\x85-\x87])\x94"
+    rb"\x89h(?P<hooks>.)\)R\x94t\x94R\x94",  # False, OrderedDict(), the call for the tensor
+    re.DOTALL,
+)
+
+
+def _mark(reader: PickleReader) -> None:
+    """The instruction MARK, and where it begins the usual sequence for a tensor, all of that."""
+    if not (reader.stack and reader.stack[-1] is _REBUILD_TENSOR and _read_tensor(reader)):
+        reader.mark()
+
+
+def _read_tensor(reader: PickleReader) -> bool:
+    """Does what the instructions of a tensor would do one by one; False: it is not the usual sequence."""
+    data, memo = reader.data, reader.memo
+    head = _TENSOR_HEAD.match(data, reader.pos)
+    if head is None or memo.get(head["load"][0]) is not _LOAD_FROM_BYTES:
+        return False
+    end = head.end() + int.from_bytes(head["long"] or head["short"], "little")
+    tail = _TENSOR_TAIL.match(data, end)
+    if tail is None or memo.get(tail["hooks"][0]) is not _NO_HOOKS:
+        return False
+    size, stride = _tuple(tail["size"], tail["size_end"]), _tuple(tail["stride"], tail["stride_end"])
+    if size is None or stride is None:
+        return False
+    payload = data[head.end() : end]
+    storage, hooks = _load_from_bytes(payload), _NO_HOOKS.call()
+    tensor = _rebuild_tensor(storage, 0, size, stride, False, hooks)
+    arguments = (storage, 0, size, stride, False, hooks)
+    for item in (payload, (payload,), storage, size, stride, hooks, arguments, tensor):
+        memo[len(memo)] = item
+    reader.stack[-1] = tensor
+    reader.pos = tail.end()
+    return True
+
+
+@lru_cache(maxsize=4096)
+def _tuple(numbers: bytes, end: bytes) -> tuple[int, ...] | None:
+    """The tuple made by the instructions for some numbers and TUPLE1, 2 or 3; None if these are not as many."""
+    result, place = [], 0
+    while place < len(numbers):
+        width = {ord("K"): 1, ord("M"): 2, ord("J"): 4}[numbers[place]]
+        number = numbers[place + 1 : place + 1 + width]
+        result.append(int.from_bytes(number, "little", signed=width == 4))
+        place += 1 + width
+    return tuple(result) if len(result) == end[0] - 0x84 else None
 
 
 # Numbers and arrays of numpy
@@ -232,10 +297,12 @@ _NUMPY_FUNCTIONS = {
     "multiarray._reconstruct": Function(lambda *_: _NumpyArray()),
     "numeric._frombuffer": Function(_numpy_from_buffer),
 }
+_REBUILD_TENSOR, _LOAD_FROM_BYTES = Function(_rebuild_tensor), Function(_load_from_bytes)
+_NO_HOOKS = Function(lambda: {})  # backward hooks: empty
 _KNOWN: dict[str, Function | ClassMark | _StorageType] = {
-    "torch._utils._rebuild_tensor_v2": Function(_rebuild_tensor),
-    "torch.storage._load_from_bytes": Function(_load_from_bytes),
-    "collections.OrderedDict": Function(lambda: {}),  # backward hooks: empty
+    "torch._utils._rebuild_tensor_v2": _REBUILD_TENSOR,
+    "torch.storage._load_from_bytes": _LOAD_FROM_BYTES,
+    "collections.OrderedDict": _NO_HOOKS,
     "numpy.dtype": Function(_numpy_type),
     "numpy.ndarray": ClassMark("numpy", "ndarray"),
     **{f"numpy.{core}.{name}": function for core in ("core", "_core") for name, function in _NUMPY_FUNCTIONS.items()},

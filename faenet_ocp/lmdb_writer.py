@@ -145,7 +145,7 @@ class LmdbShardWriter:
             self._env.sync(True)
             self._env.close()
             self._refuse_existing()
-            _publish(self._temporary, self.path)
+            publish(self._temporary, self.path)
         except BaseException:
             self.abort()
             raise
@@ -212,7 +212,7 @@ def write_metadata(
     try:
         with temporary.open("wb") as file:
             np.savez_compressed(file, allow_pickle=False, **arrays)
-        _publish(temporary, path)
+        publish(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     return path
@@ -235,7 +235,7 @@ def _temporary_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(6)}{_TEMPORARY_SUFFIX}")
 
 
-def _publish(temporary: Path, path: Path) -> None:
+def publish(temporary: Path, path: Path) -> None:
     """Make a finished temporary file durable and rename it: readers see the whole file or none."""
     _fsync(temporary)
     os.replace(temporary, path)

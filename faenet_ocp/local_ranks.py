@@ -35,6 +35,18 @@ class RunError(RuntimeError):
     """A run that began and failed; the message says why and the log has the details."""
 
 
+def fairchem_config(job_and_runner: dict[str, Any]) -> "DictConfig":
+    """fairchem's own configuration of a run, saved in the run's folder as fairchem does."""
+    from fairchem.core._cli import get_canonical_config
+    from fairchem.core.launchers.api import JobConfig
+    from omegaconf import OmegaConf
+
+    config = get_canonical_config(OmegaConf.merge({"job": OmegaConf.structured(JobConfig)}, job_and_runner))
+    os.makedirs(config.job.metadata.log_dir, exist_ok=True)
+    OmegaConf.save(config, config.job.metadata.config_path)
+    return config
+
+
 def launch(config: "DictConfig") -> None:
     """Runs fairchem's job: in this process for one rank, through torch elastic for more.
 

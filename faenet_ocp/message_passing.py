@@ -46,6 +46,7 @@ class Graph(NamedTuple):
         norm_batch: system of every atom, (N,); None to normalise over all atoms of the batch.
         num_systems: B.
         knots: the last channels of e_ij, as a function of the distance; `edge_embedding` has only the others then.
+        shared: the last S edges have no edge embedding of their own, but that of these rows, (S,); see `filtered_sum`.
     """
 
     source: Tensor
@@ -55,6 +56,7 @@ class Graph(NamedTuple):
     norm_batch: Tensor | None
     num_systems: int
     knots: Knots | None = None
+    shared: Tensor | None = None
 
 
 class BlockOptions(NamedTuple):
@@ -108,7 +110,13 @@ def dense(in_channels: int, out_channels: int, *, bias: bool = True) -> nn.Linea
 
 
 class EdgeFilter(nn.Module):
-    """f_ij = act(W e_ij + b)."""
+    """f_ij = act(W e_ij + b).
+
+    Attributes:
+        opaque_on_cpu: torch.compile is to leave the sum over edges as it is there (see `compilation`).
+    """
+
+    opaque_on_cpu = False
 
     def __init__(self, options: BlockOptions, out_channels: int) -> None:
         super().__init__()
@@ -136,7 +144,18 @@ class EdgeFilter(nn.Module):
             knots = graph.knots._replace(values=functional.linear(graph.knots.values, at_knots))
             weight = weight[:, : graph.edge_embedding.shape[1]]
         nodes = self.of_nodes(h)
-        return filtered_sum(graph.edge_embedding, weight, nodes, values, graph.source, graph.target, self.act, knots)
+        return filtered_sum(
+            graph.edge_embedding,
+            weight,
+            nodes,
+            values,
+            graph.source,
+            graph.target,
+            self.act,
+            knots,
+            graph.shared,
+            opaque=self.opaque_on_cpu and h.device.type == "cpu",
+        )
 
 
 class EdgeNodeFilter(EdgeFilter):
@@ -311,4 +330,4 @@ MP_TYPES: dict[str, Callable[[BlockOptions], InteractionBlock]] = {
 }
 """Interaction block by the name of its message passing."""
 TABULATED = ("base", "simple", "updownscale", "updownscale_base")
-"""Those that take a part of the edge embedding as a function of the distance, `Graph.knots`."""
+"""Those that take a part of the edge embedding as a function of the distance, `Graph.knots`, and shared ones."""

@@ -20,12 +20,14 @@ from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.constraints import FixAtoms
 from ase.geometry import find_mic
+from fairchem.core.datasets.atomic_data import AtomicData
 from numpy.typing import NDArray
 from tqdm import tqdm
 
 from faenet_ocp.calculator import fixed_atoms
 from faenet_ocp.evaluation import energy_metrics, write_json
 from faenet_ocp.lmdb_dataset import OC20LmdbDataset
+from faenet_ocp.record_batch import Fields
 from faenet_ocp.relaxation import Evaluate, Relaxed, relax
 
 RESULTS = "relaxed.extxyz"
@@ -97,12 +99,13 @@ class LmdbStructures(Sequence[Atoms]):
 class _RecordsWithReference(OC20LmdbDataset):
     """Samples that keep the relaxed energy and positions that IS2RE records have."""
 
-    def _sample(self, fields: Mapping[str, Any], sid: str) -> Any:
-        data = super()._sample(fields, sid)
+    def _make(self, records: Sequence[Fields], sids: list[str]) -> AtomicData:
+        data = super()._make(records, sids)
+        (fields,) = records
         if "y_relaxed" in fields:
             data.y_relaxed = torch.tensor([float(np.asarray(fields["y_relaxed"]).item())])
         if "pos_relaxed" in fields:
-            data.pos_relaxed = torch.tensor(np.asarray(fields["pos_relaxed"]), dtype=self.dtype)
+            data.pos_relaxed = torch.tensor(np.asarray(fields["pos_relaxed"]), dtype=data.pos.dtype)
             if data.pos_relaxed.shape != data.pos.shape:
                 raise ValueError(f"has pos_relaxed of shape {tuple(data.pos_relaxed.shape)}")
         return data

@@ -69,13 +69,19 @@ def type_name(item: Any) -> str:
     return f"{item.module}.{item.name}"[:200] if isinstance(item, ClassMark) else type(item).__name__
 
 
-def load(data: bytes, find: Find) -> Any:
+def load(data: bytes, find: Find, mark: Callable[["PickleReader"], None] | None = None) -> Any:
     """Read `data`, one whole pickle.
+
+    Args:
+        data: the pickle.
+        find: what stands for a name.
+        mark: called instead of ``PickleReader.mark`` after the instruction MARK: it may do the work of a whole sequence
+            of instructions that it knows.
 
     Raises:
         RecordError: it is cut short, damaged, or asks for what is not allowed; says what and where.
     """
-    reader = PickleReader(data, find)
+    reader = PickleReader(data, find, mark=mark)
     try:
         result = reader.load()
     except RecordError:
@@ -90,20 +96,33 @@ def load(data: bytes, find: Find) -> Any:
 class PickleReader:
     """Reads one pickle after another: ``load`` leaves `pos` behind the pickle that it returns."""
 
-    __slots__ = ("data", "find", "marks", "memo", "persistent", "pos", "stack")
+    __slots__ = ("data", "find", "instructions", "marks", "memo", "persistent", "pos", "stack")
 
-    def __init__(self, data: bytes, find: Find, persistent: Callable[[Any], Any] | None = None):
+    def __init__(
+        self,
+        data: bytes,
+        find: Find,
+        persistent: Callable[[Any], Any] | None = None,
+        mark: Callable[["PickleReader"], None] | None = None,
+    ):
         self.data, self.find, self.persistent = data, find, persistent
+        self.instructions = _INSTRUCTIONS if mark is None else {**_INSTRUCTIONS, _MARK: mark}
         self.pos = 0
 
     def load(self) -> Any:
         self.stack: list[Any] = []
         self.marks: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
-        data, instructions = self.data, _INSTRUCTIONS
+        data, instructions = self.data, self.instructions
         while True:
             opcode = data[self.pos]
             self.pos += 1
+            if opcode == _MEMOIZE:  # every third instruction
+                self.memo[len(self.memo)] = self.stack[-1]
+                continue
+            if opcode == _SHORT_TEXT:
+                self.stack.append(self.take(self.byte()).decode())
+                continue
             if opcode == _STOP:
                 return self.stack.pop()
             instruction = instructions.get(opcode)
@@ -123,6 +142,10 @@ class PickleReader:
         (result,) = layout.unpack_from(self.data, self.pos)
         self.pos += layout.size
         return result
+
+    def byte(self) -> int:
+        self.pos += 1
+        return self.data[self.pos - 1]
 
     def line(self) -> str:
         start, end = self.pos, self.data.index(b"\n", self.pos)
@@ -194,8 +217,8 @@ class PickleReader:
         self.stack.append(self.persistent(identifier))
 
 
-_STOP = ord(".")
-_UINT8, _UINT16, _UINT32, _UINT64 = (struct.Struct("<" + code) for code in "BHIQ")
+_STOP, _MARK, _MEMOIZE, _SHORT_TEXT = ord("."), ord("("), 0x94, 0x8C
+_UINT16, _UINT32, _UINT64 = (struct.Struct("<" + code) for code in "HIQ")
 _INT32, _FLOAT64 = struct.Struct("<i"), struct.Struct(">d")
 
 _INSTRUCTIONS: dict[int, Callable[[PickleReader], Any]] = {
@@ -203,23 +226,21 @@ _INSTRUCTIONS: dict[int, Callable[[PickleReader], Any]] = {
     for opcode, instruction in {
         "\x80": lambda r: r.take(1),  # PROTO
         "\x95": lambda r: r.take(8),  # FRAME
-        "\x94": lambda r: r.memoize(len(r.memo)),
-        "q": lambda r: r.memoize(r.number(_UINT8)),
+        "q": lambda r: r.memoize(r.byte()),
         "r": lambda r: r.memoize(r.number(_UINT32)),
-        "h": lambda r: r.stack.append(r.memo[r.number(_UINT8)]),
+        "h": lambda r: r.stack.append(r.memo[r.byte()]),
         "j": lambda r: r.stack.append(r.memo[r.number(_UINT32)]),
         "N": lambda r: r.stack.append(None),
         "\x88": lambda r: r.stack.append(True),
         "\x89": lambda r: r.stack.append(False),
-        "K": lambda r: r.stack.append(r.number(_UINT8)),
+        "K": lambda r: r.stack.append(r.byte()),
         "M": lambda r: r.stack.append(r.number(_UINT16)),
         "J": lambda r: r.stack.append(r.number(_INT32)),
-        "\x8a": lambda r: r.stack.append(int.from_bytes(r.take(r.number(_UINT8)), "little", signed=True)),
+        "\x8a": lambda r: r.stack.append(int.from_bytes(r.take(r.byte()), "little", signed=True)),
         "G": lambda r: r.stack.append(r.number(_FLOAT64)),
-        "\x8c": lambda r: r.stack.append(r.take(r.number(_UINT8)).decode()),
         "X": lambda r: r.stack.append(r.take(r.number(_UINT32)).decode()),
         "\x8d": lambda r: r.stack.append(r.take(r.number(_UINT64)).decode()),
-        "C": lambda r: r.stack.append(r.take(r.number(_UINT8))),
+        "C": lambda r: r.stack.append(r.take(r.byte())),
         "B": lambda r: r.stack.append(r.take(r.number(_UINT32))),
         "\x8e": lambda r: r.stack.append(r.take(r.number(_UINT64))),
         "\x96": lambda r: r.stack.append(r.take(r.number(_UINT64))),  # BYTEARRAY8

@@ -5,6 +5,7 @@ A run lives in one folder: `config.yml` (resolved), `checkpoints/`, `logs/`, `re
 
 import hashlib
 import logging
+import os
 import signal
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -24,6 +25,7 @@ from torch.utils.data import Dataset
 from faenet_ocp import build
 from faenet_ocp.bad_samples import BadSamples
 from faenet_ocp.checkpoint import load_checkpoint, load_weights
+from faenet_ocp.compilation import compile_model
 from faenet_ocp.config import Config, SourceConfig, build_config, nearest
 from faenet_ocp.evaluation import UNITS, RunInfo, build_results, write_json, write_text
 from faenet_ocp.loader import EvalBatchSampler, make_loader
@@ -171,6 +173,7 @@ class OCPRunner(Runner):
             raise SystemExit(status)
 
     def _run(self) -> None:
+        _leave_cores_to_the_loader(self.config)
         if self.mode == "train":
             self._training = TrainingRun(self)
             self._training.run()
@@ -192,6 +195,8 @@ class OCPRunner(Runner):
         """
         model = build.make_model(self.config)
         load_weights(model, state)
+        if self.config.job.compile:
+            compile_model(model)
         tasks = make_tasks(self.config.model_copy(update={"outputs": {}}), None)
         load_tasks_state(tasks, state["tasks"])
         return model.to(distutils.get_device_for_local_rank()), tasks
@@ -267,7 +272,7 @@ class OCPRunner(Runner):
         """
         optim, world = self.config.optim, distutils.get_world_size()
         settings = self.config.model_dump_json(
-            exclude={"slurm": True, "job": {"num_gpus", "num_nodes", "cpu", "run_dir", "identifier"}}
+            exclude={"slurm": True, "job": {"num_gpus", "num_nodes", "cpu", "compile", "run_dir", "identifier"}}
         )
         digest = hashlib.sha256(Path(str(self.checkpoint)).read_bytes() + settings.encode()).hexdigest()
         for split, source in (self.config.dataset.test or self.config.dataset.val).items():
@@ -344,6 +349,13 @@ class OCPRunner(Runner):
             plot_parity(forces, results / "parity_forces.png", dataset=label, quantity="forces")
         if (self.folder / "logs" / "metrics.jsonl").is_file():
             plot_learning_curve(self.folder / "logs" / "metrics.jsonl", results / "learning_curve.png", dataset=label)
+
+
+def _leave_cores_to_the_loader(config: Config) -> None:
+    """On a CPU, threads that wait for a core that a loader worker has make every step wait."""
+    alone = config.job.cpu and distutils.get_world_size() == 1
+    if alone and "OMP_NUM_THREADS" not in os.environ and hasattr(os, "sched_getaffinity"):
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) - config.optim.num_workers))
 
 
 def _device_words() -> str:

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from fairchem.core.common import distutils
 from numpy.typing import NDArray
+from torch import nn
 from torch.utils.data import Dataset, Sampler
 from torchtnt.framework import State, train
 from torchtnt.framework.callback import Callback
@@ -28,9 +29,10 @@ from faenet_ocp.checkpoint import (
     save_step,
     step_checkpoints,
 )
+from faenet_ocp.compilation import compile_model
 from faenet_ocp.config import SourceConfig
 from faenet_ocp.evaluation import write_json
-from faenet_ocp.loader import TrainBatchSampler, empty_batch, even_slice, make_loader
+from faenet_ocp.loader import Batches, TrainBatchSampler, empty_batch, even_slice, make_loader
 from faenet_ocp.loggers import MetricLogger
 from faenet_ocp.references import NUM_ELEMENTS, CompositionFit, CompositionRegression
 from faenet_ocp.tasks import SummedLoss, load_tasks_state, make_tasks, needs_fit, tasks_state
@@ -95,6 +97,8 @@ class TrainingRun:
             bad_samples=self.runner.bad_samples("train", len(dataset)),  # type: ignore[arg-type]
             make_empty=lambda: empty_batch(dataset),
         )
+        if config.job.compile:  # what is trained, and the average of its weights that is evaluated
+            compile_model(nn.ModuleList([self.unit.raw_model, self.unit.eval_model]))
         self._resume()
         if distutils.is_master():
             self.logger = self.unit.metric_logger = MetricLogger(
@@ -281,7 +285,7 @@ class TrainingRun:
             _Listed(batches),
             num_workers=optim.num_workers,
             context=optim.worker_context,
-            collate_fn=_labels_only,
+            convert=_labels_only,
         )
         regression, num_bad = CompositionRegression(), 0
         bad_samples = self.runner.bad_samples("train", total)
@@ -367,8 +371,8 @@ class _Listed(Sampler[list[Key]]):
         return len(self.batches)
 
 
-def _labels_only(samples: list[Any], num_chunks: int = 1) -> tuple[torch.Tensor, torch.Tensor, list[BadSample]]:
-    good = [sample for sample in samples if not isinstance(sample, BadSample)]
-    composition = torch.cat([s.composition for s in good] or [torch.empty(0, NUM_ELEMENTS)])
-    energy = torch.cat([s.energy for s in good] or [torch.empty(0)])
-    return composition, energy, [sample for sample in samples if isinstance(sample, BadSample)]
+def _labels_only(batches: Batches) -> tuple[torch.Tensor, torch.Tensor, list[BadSample]]:
+    (batch,) = batches
+    if batch is None:
+        return torch.empty(0, NUM_ELEMENTS), torch.empty(0), batches.bad
+    return batch.composition, batch.energy, batches.bad

@@ -4,14 +4,15 @@
 
 They run in the order of the file. Each is called with the sample and a generator that belongs to this sample and epoch
 alone, the only source of randomness allowed. A transform of your own is a subclass of ``Transform`` with keyword-only
-arguments, named by ``@register_transform("name")`` or by its dotted import path.
+arguments, named by ``@register_transform("name")`` or by its dotted import path. Loading is faster with a subclass of
+``BatchTransform``.
 """
 
 import difflib
 import importlib
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +30,22 @@ class Transform(ABC):
     @abstractmethod
     def __call__(self, data: AtomicData, generator: torch.Generator) -> AtomicData:
         """Return `data`, changed in place or replaced; ValueError if it cannot be."""
+
+
+class BatchTransform(Transform):
+    """A transform that changes any number of samples at once, each as if it were alone."""
+
+    @abstractmethod
+    def batch(self, data: AtomicData, generators: Sequence[torch.Generator]) -> AtomicData:
+        """Return the batch `data`, changed in place or replaced; ValueError if one of its samples cannot be.
+
+        Args:
+            data: B systems.
+            generators: (B,) one for each, as it would get alone.
+        """
+
+    def __call__(self, data: AtomicData, generator: torch.Generator) -> AtomicData:
+        return self.batch(data, [generator])
 
 
 def register_transform(name: str) -> Callable[[type[Transform]], type[Transform]]:
@@ -61,9 +78,26 @@ class Compose:
         return len(self.steps)
 
     def __call__(self, data: AtomicData, generator: torch.Generator) -> AtomicData:
+        return self.apply(data, [generator])
+
+    @property
+    def takes_batches(self) -> bool:
+        """Whether `apply` takes more than one sample; not if a transform changes samples in a way of its own."""
+        return all(type(transform).__call__ is BatchTransform.__call__ for _, transform in self.steps)
+
+    @property
+    def removes_subsurface_first(self) -> bool:
+        """Whether the first step is `RemoveSubsurface` as it is here: edges of these atoms need not be made."""
+        return bool(self.steps) and type(self.steps[0][1]) is RemoveSubsurface
+
+    def apply(self, data: AtomicData, generators: Sequence[torch.Generator]) -> AtomicData:
+        """Transform all samples of `data`, each with its generator; one sample unless `takes_batches`."""
         for name, transform in self.steps:
             try:
-                data = transform(data, generator)
+                if isinstance(transform, BatchTransform) and len(generators) > 1:
+                    data = transform.batch(data, generators)
+                else:
+                    data = transform(data, *generators)
             except ValueError as error:
                 raise ValueError(f"transform {name}: {error}") from error
         return data
@@ -105,39 +139,41 @@ def _suggestion(name: str, allowed: list[str]) -> str:
 
 
 @register_transform("remove_subsurface")
-class RemoveSubsurface(Transform):
+class RemoveSubsurface(BatchTransform):
     """Removes the atoms of tag 0 (below the surface) and their edges.
 
     The edges left are those of the full system's graph: atoms do not get new neighbours instead of the removed ones.
     Every per-atom field is cut; `composition` goes on counting the whole system.
     """
 
-    def __call__(self, data: AtomicData, generator: torch.Generator) -> AtomicData:
+    def batch(self, data: AtomicData, generators: Sequence[torch.Generator]) -> AtomicData:
         _require_no_frames(data)
-        keep = data.tags != 0
-        if not bool(keep.any()):
-            raise ValueError("no atom would be left: all tags are 0")
-        return _keep_atoms(data, keep)
+        return _keep_atoms(data, data.tags != 0)
 
 
 def _keep_atoms(data: AtomicData, keep: Tensor) -> AtomicData:
-    num_atoms = len(keep)
-    edge_kept = keep[data.edge_index].all(dim=0)
+    num_atoms, num_systems = len(keep), len(data.natoms)
+    natoms = torch.bincount(data.batch[keep], minlength=num_systems)
+    if bool((natoms == 0).any()):
+        raise ValueError("no atom would be left: all tags are 0")
+    source, target = data.edge_index
+    atoms, kept = (torch.nonzero(mask).view(-1) for mask in (keep, keep[source] & keep[target]))
     new_index = torch.cumsum(keep, 0) - 1
-    edges = {"edge_index": new_index[data.edge_index[:, edge_kept]], "cell_offsets": data.cell_offsets[edge_kept]}
+    edge_index = torch.stack([new_index[source[kept]], new_index[target[kept]]])
+    edges = {"edge_index": edge_index, "cell_offsets": data.cell_offsets.index_select(0, kept)}
     for name, value in data:
-        # Fields of the system have a leading dimension of 1, which only a one-atom system (kept whole) shares.
+        # Fields of the systems are as long only if each system is one atom, and then all atoms are kept.
         if name not in edges and isinstance(value, Tensor) and value.dim() > 0 and len(value) == num_atoms:
-            data[name] = value[keep]
+            data[name] = value[atoms]
     for name, value in edges.items():
         data[name] = value
-    data.natoms = torch.full_like(data.natoms, len(data.pos))
-    data.nedges = torch.full_like(data.nedges, data.edge_index.shape[1])
+    data.natoms = natoms
+    data.nedges = torch.bincount(data.batch[data.edge_index[1]], minlength=num_systems)
     return data
 
 
 @register_transform("frame_averaging")
-class FrameAveraging(Transform):
+class FrameAveraging(BatchTransform):
     """Attaches the frames of the sample: frame_rot (1, K, 3, 3) and frame_weight (1, K).
 
     Positions stay as they are: the model rotates them. ``frames.compute_frames`` describes the arguments.
@@ -149,17 +185,17 @@ class FrameAveraging(Transform):
         _check_choice("method", method, METHODS)
         self.dim, self.group, self.method, self.tolerance = dim, group, method, tolerance
 
-    def __call__(self, data: AtomicData, generator: torch.Generator) -> AtomicData:
+    def batch(self, data: AtomicData, generators: Sequence[torch.Generator]) -> AtomicData:
         _require_no_frames(data)
         frames = compute_frames(
             data.pos,
             data.batch,
-            1,
+            len(data.natoms),
             method=self.method,
             dim=self.dim,
             group=self.group,
             atomic_numbers=data.atomic_numbers,
-            generator=generator,
+            generator=generators,
             tolerance=self.tolerance,
         )
         data.frame_rot, data.frame_weight = frames.rot, frames.weight
@@ -167,7 +203,7 @@ class FrameAveraging(Transform):
 
 
 @register_transform("data_augmentation")
-class DataAugmentation(Transform):
+class DataAugmentation(BatchTransform):
     """Rotates the sample by a random rotation: positions, cell and force labels, X' = X @ U.
 
     Args:
@@ -180,16 +216,21 @@ class DataAugmentation(Transform):
         _check_choice("reflect", reflect, (True, False))
         self.dim, self.reflect = dim, reflect
 
-    def __call__(self, data: AtomicData, generator: torch.Generator) -> AtomicData:
+    def batch(self, data: AtomicData, generators: Sequence[torch.Generator]) -> AtomicData:
         _require_no_frames(data)
         frames = random_rotations(
-            1, dim=self.dim, reflect=self.reflect, generator=generator, dtype=data.pos.dtype, device=data.pos.device
+            len(data.natoms),
+            dim=self.dim,
+            reflect=self.reflect,
+            generator=generators,
+            dtype=data.pos.dtype,
+            device=data.pos.device,
         )
         rot = frames.rot[:, 0]
-        data.pos = rotate(data.pos, rot)
+        data.pos = rotate(data.pos, rot[data.batch])
         data.cell = rotate(data.cell, rot)
         if "forces" in data:
-            data.forces = rotate(data.forces, rot)
+            data.forces = rotate(data.forces, rot[data.batch])
         return data
 
 

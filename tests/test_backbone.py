@@ -10,9 +10,10 @@ from fairchem.core.models.base import HeadInterface
 from torch import Tensor, nn
 
 import small_data
+from faenet_ocp import backbone
 from faenet_ocp.backbone import FrameAveragedModel, _PlainBackbone, view_batch
 from faenet_ocp.frames import compute_frames, flatten_frames
-from faenet_ocp.graph import build_graph
+from faenet_ocp.graph import build_graph, edge_vectors
 
 FAENET = {
     "model": "faenet",
@@ -202,6 +203,70 @@ def test_full_frames_are_the_mean_over_single_frames() -> None:
     averaged = model(batch)
     torch.testing.assert_close(averaged["energy"]["energy"], torch.stack(energies).mean(0), rtol=0, atol=1e-10)
     torch.testing.assert_close(averaged["forces"]["forces"], torch.stack(forces).mean(0), rtol=0, atol=1e-10)
+
+
+def _outputs_and_gradients(model: nn.Module, batch: AtomicData, *, through_frames: bool) -> list[Tensor]:
+    batch = batch.clone()
+    batch.pos.requires_grad_(through_frames)
+    out = model(batch, through_frames=through_frames)
+    results = [out["energy"]["energy"], out["forces"]["forces"]]
+    wanted = [*model.parameters(), *([batch.pos] if through_frames else [])]
+    loss = sum(result.square().sum() for result in results)
+    gradients = torch.autograd.grad(loss, wanted, allow_unused=True)
+    return [*results, *(gradient for gradient in gradients if gradient is not None)]
+
+
+@pytest.mark.parametrize("through_frames", [False, True])
+@pytest.mark.parametrize(
+    ("options", "dtype", "tolerance"),
+    [({}, torch.float64, 1e-12), ({}, torch.float32, 1e-6)]
+    + [({"mp_type": name}, torch.float64, 1e-12) for name in ("updownscale_base", "updown_local_env", "att")],
+)
+def test_opposite_frames_share_what_depends_on_edge_vectors(
+    options: dict, dtype: torch.dtype, tolerance: float, through_frames: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against every edge computed for itself; neighbours are cut, so that some edges have no reverse."""
+    torch.manual_seed(1)
+    frames = {"method": "full", "dim": 3, "group": "E"}
+    model = FrameAveragedModel(backbone=FAENET | options, heads=HEADS, frames=frames).to(dtype)
+    batch = atomicdata_list_to_batch([_sample(i, dtype) for i in (1, 3)])
+    batch.nedges[1] -= 7
+    batch.edge_index, batch.cell_offsets = batch.edge_index[:, :-7], batch.cell_offsets[:-7]
+    seen = []
+    monkeypatch.setattr(backbone, "view_batch", lambda *a, **k: seen.append(view_batch(*a, **k)) or seen[-1])
+
+    shared = _outputs_and_gradients(model, batch, through_frames=through_frames)
+    monkeypatch.setattr(backbone, "_frames_are_opposite", lambda *_: False)
+    alone = _outputs_and_gradients(model, batch, through_frames=through_frames)
+
+    num_edges, num_shared = batch.edge_index.shape[1], len(seen[0][0].shared_vectors)
+    assert "shared_vectors" not in seen[1][0]
+    assert 4 * num_edges - 4 * 40 < num_shared < 4 * num_edges
+    assert len(shared) == len(alone) > 10
+    for part, digits in ((slice(0, 1), 1), (slice(1, 2), 1), (slice(2, None), 10)):  # energies, forces, gradients
+        one, other = (torch.cat([value.flatten() for value in values[part]]) for values in (shared, alone))
+        assert (one - other).abs().max() < digits * tolerance * other.abs().max()
+
+
+@pytest.mark.parametrize(("dim", "group"), [(2, "E"), (2, "SE"), (3, "SE")])
+def test_frames_without_opposites_share_nothing(dim: int, group: str) -> None:
+    batch = atomicdata_list_to_batch([_sample(i) for i in range(2)])
+    views = flatten_frames(compute_frames(batch.pos, batch.batch, 2, method="full", dim=dim, group=group))
+    seen, _, _ = view_batch(batch, views, torch.zeros(2, 3, dtype=torch.float64), share=True)
+    assert "shared_vectors" not in seen
+
+
+def test_shared_vectors_are_equal() -> None:
+    batch = atomicdata_list_to_batch([_sample(i) for i in range(3)])
+    views = flatten_frames(compute_frames(batch.pos, batch.batch, 3, method="full", dim=3, group="E"))
+    seen, _, _ = view_batch(batch, views, torch.zeros(3, 3, dtype=torch.float64), share=True)
+    of_edge = seen.batch[seen.edge_index[1]]
+    vectors = edge_vectors(seen.pos, seen.cell, seen.edge_index, seen.cell_offsets, of_edge)
+    row = seen.shared_vectors
+    assert 0.8 * len(vectors) < 2 * len(row) <= len(vectors)
+    assert torch.equal(row, row.sort()[0]) and row.max() < len(vectors) - len(row)
+    torch.testing.assert_close(vectors[len(vectors) - len(row) :], vectors[row], rtol=0, atol=1e-12)
+    assert of_edge.bincount().tolist() == [n for n in batch.nedges.tolist() for _ in range(8)]
 
 
 def test_predictions_do_not_depend_on_companions() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from faenet_ocp import cli
 from faenet_ocp.benchmark import models
 from faenet_ocp.benchmark.measure import measure, ratio
 from faenet_ocp.benchmark.systems import (
@@ -20,10 +21,12 @@ from faenet_ocp.benchmark.systems import (
     read_systems,
     slab_sizes,
 )
+from faenet_ocp.unit import OCPTrainUnit
 
 ROOT = Path(__file__).resolve().parents[1]
 GRAPH = {"cutoff": 6.0, "max_neighbors": 40}
 CPU = torch.device("cpu")
+TRACING = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch's own
 
 
 def load_script() -> types.ModuleType:
@@ -128,7 +131,7 @@ def test_forces_of_schnet_are_those_of_its_energy():
 
 
 @pytest.mark.filterwarnings("ignore:graph_norm 'batch':UserWarning")
-def test_quick_run_writes_json_tables_and_a_picture(tmp_path):
+def test_quick_run_writes_json_and_tables(tmp_path):
     groups = ["published", "frames", "batch sizes", "system sizes"]
     load_script().main(["--quick", "--groups", *groups, "--output", str(tmp_path / "out.json")])
     result = json.loads((tmp_path / "out.json").read_text())
@@ -136,7 +139,7 @@ def test_quick_run_writes_json_tables_and_a_picture(tmp_path):
     assert {"date", "device", "threads", "versions", "settings", "groups"} <= set(result)
     assert {group["name"] for group in result["groups"]} == set(groups)
     for group in result["groups"]:
-        if "unavailable" in group or "curves" in group:
+        if "unavailable" in group:
             continue
         for row in group["rows"]:
             assert len(row["seconds"]) == len(row["wall_seconds"]) == 1
@@ -147,20 +150,51 @@ def test_quick_run_writes_json_tables_and_a_picture(tmp_path):
     tables = (tmp_path / "out.md").read_text()
     assert tables.count("### ") == len(result["groups"])
     assert "frames: full" in tables
-    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+    assert not (tmp_path / "out.png").exists()
 
 
-def test_peers_run(tmp_path):
+def test_the_engine_is_what_remains_of_a_step(tmp_path):
+    """Through the command line."""
+    output = tmp_path / "out.json"
+    arguments = ["--mode", "benchmark", "--quick", "--groups", "engine", "--batch-size", "3", "--output", str(output)]
+    before = OCPTrainUnit.train_step, torch.Tensor.backward
+    assert cli.main(arguments) == 0
+    (group,) = json.loads(output.read_text())["groups"]
+
+    assert [step["systems"] for step in group["steps"]] == [3] * 4
+    for step in group["steps"]:
+        parts = [step[name] for name in ("forward", "backward", "optimiser")]
+        assert min(parts) > 0
+        assert sum(parts) < step["step"]
+    assert "| share of the step's time | forward | backward | optimiser | everything else |" in (
+        output.with_suffix(".md").read_text()
+    )
+    assert (OCPTrainUnit.train_step, torch.Tensor.backward) == before
+
+
+def test_arguments_of_runs_have_no_meaning_for_the_benchmark(tmp_path, capsys):
+    arguments = ["--mode", "benchmark", "--output", str(tmp_path / "out.json")]
+    assert cli.main([*arguments, "--num-gpus", "2"]) == 2
+    assert "--num-gpus: has no meaning with --mode benchmark" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main([*arguments, "--optim.batch_size=3"])
+    assert "unrecognized arguments: --optim.batch_size=3" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_peers_run_and_are_drawn(tmp_path):
     arguments = ["--quick", "--groups", "peers", "--batch-size", "1", "--output", str(tmp_path / "out.json")]
     load_script().main(arguments)
     result = json.loads((tmp_path / "out.json").read_text())
 
     names = {row["model"] for group in result["groups"] for row in group["rows"]}
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
     assert names == {"SchNet (PyG)", "FAENet", "FAENet, bf16", "eSCN-MD, small (fairchem)"}
 
 
 @pytest.mark.slow
-def test_losses_fall_alike(tmp_path):
+@TRACING
+def test_losses_fall_alike(tmp_path, caplog):
     from faenet_ocp.benchmark.convergence import convergence
 
     curves = {curve["model"]: curve["losses"] for curve in convergence(60, CPU)}
@@ -169,12 +203,15 @@ def test_losses_fall_alike(tmp_path):
     assert all(late[name] < 0.8 * sum(losses[:8]) / 8 for name, losses in curves.items())
     assert late["fp32, compiled"] == pytest.approx(late["fp32"], rel=0.02)
     assert late["bf16"] == pytest.approx(late["fp32"], rel=0.25)
+    assert "compile: failed" not in caplog.text
 
 
 @pytest.mark.slow
-def test_compiled_rows_run(tmp_path):
+@TRACING
+def test_compiled_rows_run(tmp_path, caplog):
     load_script().main(["--quick", "--groups", "compiled", "--output", str(tmp_path / "out.json")])
     groups = json.loads((tmp_path / "out.json").read_text())["groups"]
 
     assert [row["compiled"] for row in groups[0]["rows"]] == [False, True, False, True]
     assert groups[0]["rows"][1]["difference"]["energy"] < 1e-5
+    assert "compile: failed" not in caplog.text

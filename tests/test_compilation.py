@@ -6,9 +6,11 @@ import logging
 import pytest
 import torch
 
+from faenet_ocp import compilation
 from faenet_ocp.compilation import compile_model
 from network_inputs import build, make_inputs, predict, slabs
 
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch's own tracing
 SYSTEMS = slabs(6)
 
 
@@ -21,6 +23,14 @@ class Counter:
     def __call__(self, graph, example_inputs):
         self.count += 1
         return graph.forward
+
+
+@pytest.fixture(params=["cpu", "other"])
+def device_kind(request, monkeypatch):
+    """On other devices than a CPU the sum over edges is compiled too, which works here as well, only slowly."""
+    if request.param == "other":
+        monkeypatch.setattr(compilation, "EdgeFilter", ())
+    return request.param
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +59,7 @@ def train(parts, steps=3):
     return losses
 
 
-def test_numbers_of_compilations_do_not_grow_with_shapes():
+def test_numbers_of_compilations_do_not_grow_with_shapes(device_kind):
     parts, counter = [part.eval() for part in build(num_interactions=3)], Counter()
     assert compile_model(parts[0], backend=counter) == 3
 
@@ -57,12 +67,13 @@ def test_numbers_of_compilations_do_not_grow_with_shapes():
         for inputs in batches():
             predict(parts, inputs)
     inference = counter.count
-    assert 1 <= inference <= 2  # one for all three blocks; another with and without interpolated distances
+    pieces = {"cpu": 3, "other": 1}[device_kind]  # before, in and after the sum over edges
+    assert 1 <= inference <= pieces  # the same for all three blocks
     train(parts, steps=5)
-    assert counter.count <= inference + 2
+    assert inference < counter.count <= 2 * pieces
 
 
-def test_outputs_and_training_are_those_of_eager_execution():
+def test_outputs_and_training_are_those_of_eager_execution(device_kind, caplog):
     eager, compiled = build(), build()
     compile_model(compiled[0], backend="aot_eager")
 
@@ -70,11 +81,12 @@ def test_outputs_and_training_are_those_of_eager_execution():
         for got, expected in zip(predict(compiled, inputs), predict(eager, inputs), strict=True):
             torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
     assert train(compiled) == pytest.approx(train(eager), rel=1e-4)
+    assert "compile: failed" not in caplog.text
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("amp", [False, True])
-def test_with_inductor(amp):
+def test_with_inductor(amp, device_kind, caplog):
     eager, compiled = build(), build()
     compile_model(compiled[0])
 
@@ -83,7 +95,8 @@ def test_with_inductor(amp):
             for got, expected in zip(predict(compiled, inputs), predict(eager, inputs), strict=True):
                 tolerance = 0.03 * expected.abs().max().item() if amp else 1e-5
                 torch.testing.assert_close(got, expected, rtol=1e-5, atol=tolerance)
-        assert train(compiled) == pytest.approx(train(eager), rel=0.05 if amp else 1e-4)
+        assert train(compiled) == pytest.approx(train(eager), rel=0.2 if amp else 1e-4)
+    assert "compile: failed" not in caplog.text
 
 
 def test_a_failing_compiler_is_a_warning_only(caplog):

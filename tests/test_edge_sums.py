@@ -55,6 +55,29 @@ def test_blocks_of_edges_give_the_sum_over_each_edge(with_knots):
     assert torch.autograd.gradgradcheck(ours, inputs)
 
 
+@pytest.mark.parametrize("with_knots", [True, False])
+def test_edges_that_share_an_embedding(with_knots):
+    (e, weight, nodes, values, at_knots), source, target, near, knot_weight = random_arguments()
+    shared = torch.tensor([0, 2, 3, 3, 4])  # of two blocks; one row has three edges
+    own = NUM_EDGES - len(shared)
+    row = torch.cat([torch.arange(own), shared])
+    e = e[:own].detach().requires_grad_()
+    inputs = (e, weight, nodes, values, at_knots) if with_knots else (e, weight, nodes, values)
+
+    def ours(e, weight, nodes, values, at_knots=None):
+        knots = None if at_knots is None else Knots(at_knots, near[:own], knot_weight[:own])
+        return filtered_sum(e, weight, nodes, values, source, target, silu, knots, shared)
+
+    rest = () if with_knots else (None,)
+    expected = naive(e[row], *inputs[1:], *rest, source, target, near[row], knot_weight[row])
+    torch.testing.assert_close(ours(*inputs), expected, rtol=1e-12, atol=1e-12)
+    knots = (at_knots, near[:own], knot_weight[:own]) if with_knots else (None, None, None)
+    plain = edge_sums.plain_filtered_sum(e, weight, nodes, values, *knots, source, target, silu, shared)
+    torch.testing.assert_close(plain, expected, rtol=1e-12, atol=1e-12)
+    assert torch.autograd.gradcheck(ours, inputs)
+    assert torch.autograd.gradgradcheck(ours, inputs)
+
+
 def test_one_argument_computed_from_another_is_not_counted_twice():
     """In a network the values are embeddings from which `nodes` was computed."""
     (e, weight, _, values, _), source, target, *_ = random_arguments()

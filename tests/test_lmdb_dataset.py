@@ -19,7 +19,7 @@ from fairchem.core.datasets.base_dataset import create_dataset
 from torch.utils.data import DataLoader
 
 import small_data
-from faenet_ocp import lmdb_dataset
+from faenet_ocp import lmdb_dataset, record_batch
 from faenet_ocp.graph import build_graph, edge_vectors, limit_neighbors
 from faenet_ocp.lmdb_dataset import NAMES, OC20LmdbDataset
 from faenet_ocp.lmdb_files import LmdbFile, resolve_files
@@ -124,13 +124,20 @@ def test_the_whole_oc20_sample_is_read(oc20_sample):
 
 
 def test_stored_and_recomputed_edges_of_the_oc20_sample_agree(oc20_sample):
-    """At 40 neighbours most of these slabs have stored lists that end inside the last shell."""
+    """At 40 neighbours most of these slabs have stored lists that end inside the last shell.
+
+    The files were cut at 6 A to the last digit; an edge that is longer by rounding is not in them.
+    """
     for split in small_data.SPLITS:
         stored, built = (
             open_dataset(oc20_sample / f"is2re/all/{split}", edges=edges) for edges in ("stored", "recompute")
         )
         for ours, expected in zip(stored, built, strict=True):
-            assert edge_set(ours.edge_index, ours.cell_offsets) == edge_set(expected.edge_index, expected.cell_offsets)
+            vectors = edge_vectors(expected.pos, expected.cell, expected.edge_index, expected.cell_offsets)
+            inside = vectors.norm(dim=1) <= 6.0
+            whole = edge_set(expected.edge_index, expected.cell_offsets)
+            sure = edge_set(expected.edge_index[:, inside], expected.cell_offsets[inside])
+            assert sure <= edge_set(ours.edge_index, ours.cell_offsets) <= whole
 
 
 # Labels
@@ -245,7 +252,7 @@ def test_shells_that_the_stored_list_breaks_off_are_completed(tmp_path, max_neig
 
 
 def test_whole_shells_are_taken_from_the_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(lmdb_dataset, "build_graph", None)
+    monkeypatch.setattr(record_batch, "find_edges", None)
     assert dataset_of(tmp_path, unrelaxed_slab(np.arange(16)), max_neighbors=12)[0].nedges > 16 * 9
 
 

@@ -7,6 +7,8 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from faenet_ocp.benchmark import data
+
 _HEADS = ("model", "parameters", "systems", "atoms", "edges", "speed-up", "(wall)", "us/atom", "peak MB", "difference")
 
 
@@ -21,6 +23,13 @@ def markdown(result: dict[str, Any]) -> str:
             continue
         if "curves" in group:
             lines += [*_curves(group["curves"]), ""]
+            continue
+        if "steps" in group:
+            lines += [*_engine(group["steps"]), ""]
+            continue
+        if "paths" in group:
+            heads, *rows = data.table(group)
+            lines += [_line(heads), _line(["---"] + ["---:"] * (len(heads) - 1)), *map(_line, rows), ""]
             continue
         lines += [_line(_HEADS), _line(["---"] + ["---:"] * (len(_HEADS) - 1))]
         lines += [_line(_cells(row)) for row in group["rows"]]
@@ -59,16 +68,32 @@ def _curves(curves: list[dict[str, Any]]) -> list[str]:
     return [*lines, "", f"{text}, by {change['largest']:.1%} at most."]
 
 
+def _engine(steps: list[dict[str, float]]) -> list[str]:
+    """Shares of the step's time."""
+    parts = ("forward", "backward", "optimiser")
+    shares = {part: [step[part] / step["step"] for step in steps] for part in parts}
+    shares["everything else"] = [1 - sum(values) for values in zip(*shares.values(), strict=True)]
+    lines = [_line(["share of the step's time", *shares]), _line(["---"] + ["---:"] * len(shares))]
+    for name, function in (("median", median), ("largest", max)):
+        lines.append(_line([name, *(f"{function(values):.2%}" for values in shares.values())]))
+    return [*lines, "", f"{len(steps)} steps, {median(step['systems'] for step in steps):.0f} systems each."]
+
+
 def _line(cells: Any) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """Systems a second against parameters, inference, relative to the slowest model of each task (PNG)."""
+    """Systems a second against parameters, inference, relative to the slowest model of each task (PNG).
+
+    Nothing is drawn without the group "peers".
+    """
+    groups = [group for group in result["groups"] if group["name"] == "peers" and group["mode"] == "inference"]
+    if not groups:
+        return
     figure = Figure(figsize=(9, 4), layout="constrained")
     FigureCanvasAgg(figure)
-    groups = [group for group in result["groups"] if group["name"] == "peers" and group["mode"] == "inference"]
-    axes = figure.subplots(1, max(1, len(groups)), squeeze=False)[0]
+    axes = figure.subplots(1, len(groups), squeeze=False)[0]
     for axis, group in zip(axes, groups, strict=False):
         slowest = max(median(row["seconds"]) for row in group["rows"])
         for row in group["rows"]:

@@ -19,6 +19,8 @@ from tqdm import tqdm
 
 from faenet_ocp.benchmark import models
 from faenet_ocp.benchmark.convergence import convergence
+from faenet_ocp.benchmark.data import data_paths
+from faenet_ocp.benchmark.engine import engine
 from faenet_ocp.benchmark.measure import measure, ratio
 from faenet_ocp.benchmark.models import FAENET, MAX_NEIGHBORS, Contender, Outputs
 from faenet_ocp.benchmark.systems import make_batch, make_systems, read_systems, slab_sizes
@@ -27,7 +29,7 @@ from faenet_ocp.versions import software_versions
 logger = logging.getLogger(__name__)
 
 MODES = ("inference", "training step")
-GROUPS = ("published", "peers", "frames", "batch sizes", "system sizes", "compiled", "convergence")
+GROUPS = ("published", "peers", "frames", "batch sizes", "system sizes", "compiled", "convergence", "engine", "data")
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,8 @@ def run(settings: Settings, *, save: Callable[[dict[str, Any]], None] | None = N
         "system sizes": _system_sizes,
         "compiled": _compiled,
         "convergence": _convergence,
+        "engine": _engine,
+        "data": _data,
     }
     for name in tqdm(settings.groups, desc="benchmark", unit="group", disable=None):
         groups += makers[name](settings)
@@ -179,6 +183,30 @@ def _compiled(settings: Settings) -> list[dict[str, Any]]:
 def _convergence(settings: Settings) -> list[dict[str, Any]]:
     curves = convergence(settings.steps, torch.device(settings.device))
     return [{"name": "convergence", "task": "is2re", "mode": "small network", "curves": curves}]
+
+
+def _engine(settings: Settings) -> list[dict[str, Any]]:
+    """Steps of the trainer itself, on generated slabs."""
+    steps = engine(
+        models.small("is2re") if settings.small else {},
+        batch_size=settings.batch_size,
+        num_steps=4 * settings.rounds,
+        remove_subsurface=settings.remove_subsurface,
+        device=torch.device(settings.device),
+    )
+    return [{"name": "engine", "task": "is2re", "mode": "training step", "steps": steps}]
+
+
+def _data(settings: Settings) -> list[dict[str, Any]]:
+    """Records on disk to batches; on the CPU in any case."""
+    paths = data_paths(
+        lmdb=settings.lmdb,
+        batch_size=settings.batch_size,
+        rounds=settings.rounds,
+        max_neighbors=MAX_NEIGHBORS["is2re"],
+        remove_subsurface=settings.remove_subsurface,
+    )
+    return [{"name": "data", "task": "is2re", "mode": "loading", **paths}]
 
 
 # ------------------------------------------------------------------------------------ one group
