@@ -118,7 +118,7 @@ def _write(source: LmdbFile, target: Path, made_from: dict[str, Any], num_worker
             logger.info("%s: %d of %d records are packed already", target, begun, len(source))
         with tqdm(total=2 * len(source), initial=begun, unit="record", desc=f"packing {target.name}") as bar:
             for values in ordered_map(_encode, _tasks(source, begun), num_workers):
-                file.append(values)
+                file.put(values)
                 bar.update(len(values))
             file.env.sync(True)
             sizes = []
@@ -221,9 +221,6 @@ class _Partial:
         names = (_SOURCE_KEY, PACKED_KEY, b"natoms", b"neighbors")
         with self.env.begin() as txn:
             return txn.stat()["entries"] - sum(txn.get(name) is not None for name in names)
-
-    def append(self, items: list[tuple[bytes, bytes]]) -> None:
-        self.put(items)
 
     def put(self, items: list[tuple[bytes, bytes]]) -> None:
         """Write items in one transaction; while it does not fit, grow the map and try again."""

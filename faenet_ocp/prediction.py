@@ -119,6 +119,7 @@ def _predict(
             rows["ids"].append(np.array(_ids(batch, with_frames=with_forces)))
             rows["energy"].append(physical["energy"].double().cpu().numpy())
             if with_forces:
+                _check_complete(batch)
                 free = batch.fixed == 0
                 per_system = torch.zeros_like(batch.natoms).index_add(0, batch.batch, free.to(batch.natoms.dtype))
                 rows["forces"].append(physical["forces"][free].double().cpu().numpy())
@@ -132,6 +133,17 @@ def _ids(batch: AtomicData, *, with_frames: bool) -> list[str]:
     if not with_frames:
         return list(batch.sid)
     return [f"{sid}_{fid}" for sid, fid in zip(batch.sid, batch.fid.tolist(), strict=True)]
+
+
+def _check_complete(batch: AtomicData) -> None:
+    """The leaderboard wants a force for every free atom."""
+    if "removed_free" in batch and bool(batch.removed_free.any()):
+        system = int(batch.removed_free.argmax())
+        raise ValueError(
+            f"sid {batch.sid[system]}: {int(batch.removed_free[system])} free atoms are of tag 0, and "
+            "remove_subsurface takes them out, so that they get no forces. Only fixed atoms can be taken out: "
+            "predict with a model trained without dataset.transforms.remove_subsurface"
+        )
 
 
 def _check_finite(arrays: dict[str, np.ndarray], split: str) -> None:

@@ -143,11 +143,14 @@ class RemoveSubsurface(BatchTransform):
     """Removes the atoms of tag 0 (below the surface) and their edges.
 
     The edges left are those of the full system's graph: atoms do not get new neighbours instead of the removed ones.
-    Every per-atom field is cut; `composition` goes on counting the whole system.
+    Every per-atom field is cut; `composition` goes on counting the whole system, and `removed_free` (1,) says how many
+    of the removed atoms were not fixed: forces on these are lost.
     """
 
     def batch(self, data: AtomicData, generators: Sequence[torch.Generator]) -> AtomicData:
         _require_no_frames(data)
+        lost = (data.tags == 0) & (data.fixed == 0)
+        data.removed_free = torch.bincount(data.batch[lost], minlength=len(data.natoms))
         return _keep_atoms(data, data.tags != 0)
 
 

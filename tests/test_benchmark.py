@@ -215,3 +215,16 @@ def test_compiled_rows_run(tmp_path, caplog):
     assert [row["compiled"] for row in groups[0]["rows"]] == [False, True, False, True]
     assert groups[0]["rows"][1]["difference"]["energy"] < 1e-5
     assert "compile: failed" not in caplog.text
+
+
+def test_forces_of_the_gradient_sum_to_zero_and_leave_the_batch_as_it_is():
+    batch = make_batch(make_systems([12, 20], cutoff=6.0, max_neighbors=30, remove_subsurface=False), CPU)
+    frames = {"method": "canonical", "dim": 2, "group": "SE"}
+    predicted, gradient = (
+        models.faenet("s2ef", models.small("s2ef"), frames=frames, graph_norm="system", conservative=conservative)
+        for conservative in (False, True)
+    )
+    sums = [contender(batch)["forces"].detach().sum(dim=0).norm() for contender in (predicted, gradient)]
+    assert sums[1] < 1e-4 * gradient(batch)["forces"].abs().sum() < sums[0]
+    assert not batch.pos.requires_grad
+    assert torch.equal(predicted(batch)["energy"], gradient(batch)["energy"])

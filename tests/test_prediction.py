@@ -15,7 +15,9 @@ from faenet_ocp import build, prediction
 from faenet_ocp.checkpoint import load_checkpoint, load_weights
 from faenet_ocp.cli import main
 from faenet_ocp.config import build_config
+from faenet_ocp.prepare_s2ef import Options, prepare
 from faenet_ocp.submission import make_submission
+from s2ef_raw import write_raw
 
 ROOT = Path(__file__).resolve().parents[1]
 SPLITS = ("val_id", "val_ood_ads", "val_ood_cat", "val_ood_both")
@@ -196,3 +198,15 @@ def test_unlabelled_data_can_be_predicted(checkpoint: Path, tmp_path: Path, smal
     assert [path.name for path in (tmp_path / "p" / "results" / "predictions").iterdir()] == ["test_id.npz"]
     with np.load(tmp_path / "p" / "results" / "predictions" / "test_id.npz") as content:
         assert len(content["ids"]) > 0
+
+
+def test_free_atoms_that_were_taken_out_are_not_left_out_of_the_file(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    for number, fixed in enumerate(("subsurface", "random")):
+        prepare(write_raw(tmp_path / fixed, 1, fixed=fixed), tmp_path / f"d{number}", options=Options(labels=False))
+    test = f"--dataset.test={{held: {{src: {tmp_path / 'd0'}}}, loose: {{src: {tmp_path / 'd1'}}}}}"
+    assert main(_arguments(checkpoint, tmp_path, test)) == 2
+    assert "free atoms are of tag 0" in capsys.readouterr().err
+    written = {path.name for path in (tmp_path / "p" / "results" / "predictions").glob("*.npz")}
+    assert written == {"held.npz"}

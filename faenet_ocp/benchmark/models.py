@@ -107,10 +107,11 @@ def faenet(
     graph_norm: str = "batch",
     amp: bool = False,
     compiled: bool = False,
+    conservative: bool = False,
     name: str = "",
     seed: int = 0,
 ) -> Contender:
-    """This package's FAENet; graph_norm "batch" is the published package's."""
+    """This package's FAENet; graph_norm "batch" is the published package's; `conservative`: forces are -dE/dX."""
     torch.manual_seed(seed)
     heads: dict[str, Any] = {
         "energy": {"module": "faenet_energy_head", "energy_head": _ENERGY_HEAD, "skip_co": options["skip_co"]}
@@ -125,8 +126,17 @@ def faenet(
     def predict(batch: AtomicData) -> Outputs:
         return {key: value[key] for key, value in model(batch).items()}
 
+    def differentiate(batch: AtomicData) -> Outputs:
+        batch = batch.clone()
+        with torch.enable_grad():
+            batch.pos.requires_grad_(True)
+            energy = model(batch, through_frames=True)["energy"]["energy"]
+            (gradient,) = torch.autograd.grad(energy.sum(), batch.pos)
+        return {"energy": energy.detach(), "forces": -gradient}
+
     label = ["FAENet", *(["bf16"] if amp else []), *(["compiled"] if compiled else [])]
-    return Contender(name or ", ".join(label), model, predict, backbone | {"frames": frames}, amp, compiled)
+    function = differentiate if conservative else predict
+    return Contender(name or ", ".join(label), model, function, backbone | {"frames": frames}, amp, compiled)
 
 
 def published(task: str, options: dict[str, Any], *, amp: bool = False) -> Contender:

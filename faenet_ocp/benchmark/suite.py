@@ -29,7 +29,10 @@ from faenet_ocp.versions import software_versions
 logger = logging.getLogger(__name__)
 
 MODES = ("inference", "training step")
-GROUPS = ("published", "peers", "frames", "batch sizes", "system sizes", "compiled", "convergence", "engine", "data")
+GROUPS = (
+    *("published", "peers", "frames", "forces", "batch sizes", "system sizes"),
+    *("compiled", "convergence", "engine", "data"),
+)
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,7 @@ def run(settings: Settings, *, save: Callable[[dict[str, Any]], None] | None = N
         "published": _published,
         "peers": _peers,
         "frames": _frames,
+        "forces": _forces,
         "batch sizes": _batch_sizes,
         "system sizes": _system_sizes,
         "compiled": _compiled,
@@ -144,6 +148,18 @@ def _frames(settings: Settings) -> list[dict[str, Any]]:
         for method in ("stochastic", "none", "canonical", "full")
     ]
     return [_group("frames", "is2re", mode, settings, [(one, batch) for one in contenders]) for mode in MODES]
+
+
+def _forces(settings: Settings) -> list[dict[str, Any]]:
+    """What -dE/dX costs in evaluation beside the predicted forces, in canonical frames."""
+    options = models.small("s2ef") if settings.small else FAENET["s2ef"]
+    batch = _batch(settings, "s2ef", min(settings.batch_size, 8))
+    frames = {"method": "canonical", "dim": 2, "group": "SE"}
+    contenders = [
+        models.faenet("s2ef", options, frames=frames, graph_norm="system", conservative=conservative, name=name)
+        for name, conservative in (("forces predicted", False), ("forces -dE/dX", True))
+    ]
+    return [_group("forces", "s2ef", "inference", settings, [(one, batch) for one in contenders])]
 
 
 def _batch_sizes(settings: Settings) -> list[dict[str, Any]]:
