@@ -7,11 +7,12 @@ folder, synced to disk and then renamed.
 """
 
 import contextlib
+import fcntl
 import logging
 import os
 import pickle
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -233,6 +234,23 @@ def remove_leftovers(folder: str | Path) -> int:
 def _temporary_path(path: Path) -> Path:
     # Hidden and not ending in .lmdb: no reader's glob finds it. Unique: no two writers share it.
     return path.with_name(f".{path.name}.{secrets.token_hex(6)}{_TEMPORARY_SUFFIX}")
+
+
+@contextlib.contextmanager
+def exclusive(lock: Path, folder: Path) -> Iterator[None]:
+    """Make a folder ours alone by the lock on a file; the lock goes with the process, however that ends.
+
+    Raises:
+        ValueError: another process is writing there.
+    """
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{folder}: another process is writing there") from None
+        except OSError as error:  # some network file systems have no locks
+            logger.warning("%s: cannot be locked (%s); do not start a second process there", folder, error)
+        yield
 
 
 def publish(temporary: Path, path: Path) -> None:

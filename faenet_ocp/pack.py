@@ -5,11 +5,8 @@ back and compared. Until then it is a hidden file with the ending `.partial`, to
 missing: records are added in order and in transactions, so a killed call leaves the first n of them.
 """
 
-import fcntl
 import json
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +17,7 @@ from tqdm import tqdm
 
 from faenet_ocp.lmdb_files import PACKED_KEY, LmdbFile, resolve_files
 from faenet_ocp.lmdb_records import RecordError, decode_record
-from faenet_ocp.lmdb_writer import METADATA_NAME, publish, write_metadata
+from faenet_ocp.lmdb_writer import METADATA_NAME, exclusive, publish, write_metadata
 from faenet_ocp.packed_dataset import PackedFile, write_header
 from faenet_ocp.packed_records import LEFT_OUT, decode_packed, encode_packed, prepare_edges
 from faenet_ocp.record_batch import Fields
@@ -29,6 +26,7 @@ from faenet_ocp.worker_pool import ordered_map
 logger = logging.getLogger(__name__)
 
 _SOURCE_KEY = b"source"
+LOCK_NAME = ".packing.lock"
 _RECORDS_PER_TASK = 64
 _INITIAL_MAP_SIZE = 1 << 28
 
@@ -58,7 +56,8 @@ def pack(data_path: str | Path, out_path: str | Path, *, num_workers: int = 1) -
     if not folders:
         raise ValueError(f"{data_path}: no *.lmdb file is there or below")
     total = 0
-    with _locked(out_path):
+    out_path.mkdir(parents=True, exist_ok=True)
+    with exclusive(out_path / LOCK_NAME, out_path):
         for folder in folders:
             sources = [LmdbFile(path) for path in resolve_files(folder)]
             target = out_path / folder.relative_to(data_path) if data_path.is_dir() else out_path
@@ -69,20 +68,6 @@ def pack(data_path: str | Path, out_path: str | Path, *, num_workers: int = 1) -
                 write_metadata(target, natoms=natoms, neighbors=neighbors if neighbors.any() else None)
             total += len(natoms)
     return total
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Make the output folder ours alone; the lock goes with the process, however that ends."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".packing.lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{folder}: another process is packing there") from None
-        except OSError as error:  # some network file systems have no locks
-            logger.warning("%s: cannot be locked (%s); do not start a second one there", folder, error)
-        yield
 
 
 def _has_metadata(folder: Path, natoms: NDArray[np.int64]) -> bool:
@@ -234,8 +219,8 @@ class _Partial:
                 self.env.set_mapsize(2 * self.env.info()["map_size"] + 2 * size)
 
     def _open(self) -> lmdb.Environment:
-        # No lock file: `_locked` keeps others out. No sync but at the end: a kill loses nothing, and what a failing
-        # machine loses is found when the records are read back.
+        # LMDB need not lock: `exclusive` keeps others out. No sync but at the end: a kill loses nothing, and what a
+        # failing machine loses is found when the records are read back.
         size = max(_INITIAL_MAP_SIZE, 2 * self.path.stat().st_size) if self.path.exists() else _INITIAL_MAP_SIZE
         try:
             return lmdb.open(

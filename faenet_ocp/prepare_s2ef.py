@@ -12,7 +12,6 @@ distances (E,) of the 50 nearest neighbours of each atom within 6 A; where OCP t
 all are kept.
 """
 
-import fcntl
 import io
 import json
 import logging
@@ -35,7 +34,7 @@ from tqdm import tqdm
 from faenet_ocp.extxyz import FormatError, Frame, LogLine, read_frames, read_log
 from faenet_ocp.graph import build_graph, edge_vectors
 from faenet_ocp.lmdb_files import LmdbFile
-from faenet_ocp.lmdb_writer import METADATA_NAME, LmdbShardWriter, remove_leftovers, write_metadata
+from faenet_ocp.lmdb_writer import METADATA_NAME, LmdbShardWriter, exclusive, remove_leftovers, write_metadata
 
 logger = logging.getLogger(__name__)
 
@@ -169,19 +168,13 @@ def _plan(out_path: Path, pairs: list[_Pair], options: Options, chunk: int) -> l
 
 @contextmanager
 def _locked(out_path: Path) -> Iterator[None]:
-    """Make the output folder ours alone; the lock goes with the process, however that ends."""
+    """Make the output folder ours alone, unless it holds other files."""
     state = out_path / STATE_FOLDER
     foreign = [] if state.exists() else sorted([*out_path.glob("*.lmdb"), *out_path.glob(METADATA_NAME)])
     if foreign:
         raise ValueError(f"{foreign[0]}: is not from an earlier preparation; choose another folder")
     state.mkdir(parents=True, exist_ok=True)
-    with (state / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{out_path}: another preparation is writing there") from None
-        except OSError as error:  # some network file systems have no locks
-            logger.warning("%s: cannot be locked (%s); do not start a second preparation there", out_path, error)
+    with exclusive(state / "lock", out_path):
         yield
 
 

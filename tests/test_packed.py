@@ -390,7 +390,8 @@ def test_wrong_places(small_is2re: Path, packed_is2re: Path, tmp_path: Path) -> 
     shutil.copy(packed_is2re / "is2re/all/val_id/data.lmdb", tmp_path / "out" / "data.lmdb")
     with pytest.raises(ValueError, match="was packed from another file"):
         pack(source, tmp_path / "out")
-    with packing._locked(tmp_path), pytest.raises(ValueError, match="another process is packing there"):
+    lock = packing.exclusive(tmp_path / packing.LOCK_NAME, tmp_path)
+    with lock, pytest.raises(ValueError, match="another process is writing there"):
         pack(source, tmp_path)
 
 

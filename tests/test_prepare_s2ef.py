@@ -288,7 +288,7 @@ def test_one_preparation_at_a_time(raw: Path, tmp_path: Path) -> None:
     prepare(raw, out, options=Options())
     with (out / ".prepare_s2ef" / "lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(ValueError, match="another preparation"):
+        with pytest.raises(ValueError, match="another process"):
             prepare(raw, out, options=Options())
     prepare(raw, out, options=Options())
 
