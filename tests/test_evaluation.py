@@ -256,6 +256,17 @@ def test_shapes_are_checked(change, message):
         EnergyMetrics().update(np.zeros((4, 1)), np.zeros(4))  # would broadcast to (4, 4)
 
 
+def test_zero_forces_are_a_baseline():
+    """What it says is what zero predictions would get, whatever was predicted."""
+    frames = random_frames()
+    metrics = ForceMetrics()
+    metrics.update(**frames)
+    zeros = {**frames, "forces_pred": np.zeros_like(frames["forces_pred"])}
+    expected = force_metrics(**zeros, split="s")["forces_mae"]
+    assert metrics.zero_baseline() == {"forces_mae": pytest.approx(expected, rel=1e-12)}
+    assert metrics.compute("s")["forces_mae"] != pytest.approx(expected, rel=1e-3)
+
+
 def test_baselines():
     composition = torch.zeros(40, NUM_ELEMENTS)
     composition[:, 1], composition[:, 29] = torch.arange(40) % 5, torch.arange(40) % 7 + 1
