@@ -15,7 +15,8 @@ the parts, an interrupted run goes on with those that are missing, and the last 
 
 import logging
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -24,11 +25,11 @@ from fairchem.core.common import distutils
 from fairchem.core.datasets.atomic_data import AtomicData
 from fairchem.core.units.mlip_unit.mlip_unit import Task
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
-from faenet_ocp.bad_samples import BadSamples
-from faenet_ocp.loader import EvalBatchSampler
+from faenet_ocp.bad_samples import BadSamples, Key
+from faenet_ocp.loader import Batches, EvalBatchSampler
 from faenet_ocp.tasks import conservative_outputs, to_physical
 
 _LARGEST_PART = 2_000
@@ -42,7 +43,7 @@ def predict_split(
     path: Path,
     *,
     key: str,
-    make_loader: Callable[[EvalBatchSampler], DataLoader],
+    make_loader: Callable[[Sampler[list[Key]]], DataLoader],
     batch_size: int,
     amp: bool = False,
     conservative: bool = False,
@@ -77,12 +78,14 @@ def predict_split(
     distutils.synchronize()
     mine = missing[distutils.get_rank() :: distutils.get_world_size()]
     hidden = None if distutils.is_master() else True
+    samplers = [EvalBatchSampler(indices, batch_size) for _, indices in mine]
+    batches = iter(make_loader(_InTurn(samplers)))
+    # A file without one of its systems would be of no use: a bad sample is always an error.
+    bad_samples = BadSamples(path.stem, total)
     with tqdm(total=sum(len(r) for _, r in mine), desc=path.stem, unit="system", leave=False, disable=hidden) as bar:
-        for part, indices in mine:
-            loader = make_loader(EvalBatchSampler(indices, batch_size))
-            # A file without one of its systems would be of no use: a bad sample is always an error.
-            bad_samples = BadSamples(path.stem, total)
-            arrays = _predict(model, tasks, loader, bar, bad_samples, amp=amp, conservative=conservative)
+        for (part, _), sampler in zip(mine, samplers, strict=True):
+            its = islice(batches, len(sampler))
+            arrays = _predict(model, tasks, its, bar, bad_samples, amp=amp, conservative=conservative)
             _check_finite(arrays, path.stem)
             _write(part, arrays)
     distutils.synchronize()
@@ -93,11 +96,24 @@ def predict_split(
     return total
 
 
+class _InTurn(Sampler[list[Key]]):
+    """The batches of one sampler after the other."""
+
+    def __init__(self, samplers: Sequence[EvalBatchSampler]):
+        self.samplers = samplers
+
+    def __len__(self) -> int:
+        return sum(map(len, self.samplers))
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        return chain.from_iterable(self.samplers)
+
+
 @torch.no_grad()
 def _predict(
     model: nn.Module,
     tasks: Sequence[Task],
-    loader: DataLoader,
+    loader: Iterable[Batches],
     bar: tqdm,
     bad_samples: BadSamples,
     *,
