@@ -31,7 +31,7 @@ def _free_port() -> str:
 
 def _script(command: str, environment: Mapping[str, str]) -> subprocess.CompletedProcess:
     return subprocess.run(
-        ["bash", str(SCRIPT), command], env=environment, capture_output=True, text=True, timeout=600, check=False
+        ["bash", str(SCRIPT), command], env=environment, capture_output=True, text=True, timeout=240, check=False
     )
 
 
@@ -53,7 +53,10 @@ def slurm_folder() -> Iterator[Path]:
     for name in [name for name in os.environ if name.startswith(("SLURM_JOB", "SBATCH_"))]:
         patch.delenv(name)
     try:
-        started = _script("start", os.environ)
+        try:
+            started = _script("start", os.environ)
+        except subprocess.TimeoutExpired:
+            pytest.skip("SLURM cannot be installed or started here: it takes too long")
         if started.returncode != 0:
             pytest.skip(f"SLURM cannot be installed or started here: {started.stderr[-500:]}")
         patch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
