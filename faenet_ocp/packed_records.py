@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from faenet_ocp.graph import ROUNDING, SHELL_TOLERANCE, edge_lengths, find_edges, limit_neighbors
-from faenet_ocp.record_batch import SHELL_EDGES, SHELL_OFFSETS, Array, Fields, array_of
+from faenet_ocp.record_batch import SHELL_EDGES, SHELL_OFFSETS, Array, Fields, all_whole, array_of
 from faenet_ocp.restricted_pickle import RecordError, check
 
 LEFT_OUT = ("distances",)
@@ -145,7 +145,7 @@ def _array(name: str, value: Any) -> Array:
     if array is None or array.dtype.kind not in "iufb":
         raise RecordError(f"has a field {name!r} that is neither numbers nor text and cannot be packed")
     array = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<")).reshape(array.shape)
-    is_whole = array.dtype.kind in "iu" or (name in _WHOLE and array.dtype.kind == "f" and _all_whole(array))
+    is_whole = array.dtype.kind in "iu" or (name in _WHOLE and array.dtype.kind == "f" and all_whole(array))
     if array.ndim == 0 or array.size == 0 or not is_whole:
         return array
     low, high = int(array.min()), int(array.max())
@@ -153,10 +153,6 @@ def _array(name: str, value: Any) -> Array:
         if np.iinfo(dtype).min <= low and high <= np.iinfo(dtype).max:
             return array.astype(dtype)
     return array
-
-
-def _all_whole(array: Array) -> bool:
-    return bool((np.abs(array) < 2**31).all()) and bool((array == np.rint(array)).all())
 
 
 def prepare_edges(fields: Fields) -> dict[str, Any]:

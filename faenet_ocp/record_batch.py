@@ -147,7 +147,7 @@ def _joined(arrays: Sequence[Array], name: str, dtype: torch.dtype) -> Tensor:
 
 def _converted(array: Array, name: str, dtype: torch.dtype) -> Tensor:
     """An array of ours as a tensor; RecordError if numbers are not finite, or not whole where they should be."""
-    if array.dtype.kind == "f" and not dtype.is_floating_point and not _all_whole(array):
+    if array.dtype.kind == "f" and not dtype.is_floating_point and not all_whole(array):
         raise RecordError(f"has values in {name} that are no whole numbers")
     result = torch.from_numpy(array).to(dtype)
     if dtype.is_floating_point and not bool(torch.isfinite(result).all()):
@@ -155,7 +155,8 @@ def _converted(array: Array, name: str, dtype: torch.dtype) -> Tensor:
     return result
 
 
-def _all_whole(array: Array) -> bool:
+def all_whole(array: Array) -> bool:
+    """Whether numbers are whole, and not absurdly large."""
     return bool((np.abs(array) < 2**31).all()) and bool((array == np.rint(array)).all())
 
 
