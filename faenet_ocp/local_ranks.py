@@ -167,6 +167,12 @@ def stop_signals(stop: Callable[[int], None]) -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
 
 
+def say(message: str) -> None:
+    """A line on stderr from a signal handler, which may have interrupted the very write that logging would need."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"{message}\n".encode())
+
+
 @contextlib.contextmanager
 def _handlers(handlers: dict[signal.Signals, Callable[[int, FrameType | None], None]]) -> Iterator[None]:
     before = {signum: signal.getsignal(signum) for signum in (*_STOP, *handlers)}  # fairchem leaves handlers behind

@@ -29,7 +29,7 @@ from faenet_ocp.compilation import compile_model
 from faenet_ocp.config import Config, SourceConfig, build_config, nearest
 from faenet_ocp.evaluation import UNITS, RunInfo, build_results, write_json, write_text
 from faenet_ocp.loader import EvalBatchSampler, make_loader
-from faenet_ocp.local_ranks import rank_errors, stop_signals
+from faenet_ocp.local_ranks import rank_errors, say, stop_signals
 from faenet_ocp.plots import plot_learning_curve, plot_parity
 from faenet_ocp.prediction import predict_split
 from faenet_ocp.references import CompositionFit
@@ -169,8 +169,10 @@ class OCPRunner(Runner):
 
     def _stop(self, status: int) -> None:
         if self._training is None or not self._training.request_stop(status):
-            logging.warning("stopped")
+            say("stopped")
             raise SystemExit(status)
+        if distutils.is_master():
+            say("stopping after this step; the same signal again stops at once")
 
     def _run(self) -> None:
         _leave_cores_to_the_loader(self.config)

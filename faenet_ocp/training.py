@@ -131,8 +131,6 @@ class TrainingRun:
         if not self.stepping:
             return False
         self.unit.stop_requested, self.stop_code = True, status
-        if distutils.is_master():
-            logging.warning("stopping after this step; the same signal again stops at once")
         return True
 
     def _resume(self) -> None:

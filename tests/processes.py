@@ -154,6 +154,7 @@ def _forked(
     gc.freeze()  # what the tests' process has left is not for this one to tidy up
     stream = log.open("a", buffering=1)
     sys.stdout = sys.stderr = stream
+    os.dup2(stream.fileno(), 2)
     logging.getLogger().handlers.clear()
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)

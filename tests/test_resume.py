@@ -1,5 +1,6 @@
 """Runs that are killed, stopped or cannot write: nothing is lost, and what went wrong is said."""
 
+import io
 import os
 import random
 import signal
@@ -9,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -210,6 +212,30 @@ def test_a_signal_saves_and_ends_with_its_status(
     if workers == 0:
         assert processes.finish(processes.forked(arguments, tmp_path / "log")) == [0]
         _assert_same_end(unbroken(1), tmp_path)
+
+
+class _InterruptedStream(io.FileIO):
+    """Gets SIGTERM inside the write of a log line: a signal may come at any instruction."""
+
+    def write(self, data: Any) -> int:
+        if b"step_00000006.pt" in bytes(data):
+            signal.raise_signal(signal.SIGTERM)
+        return super().write(data)
+
+
+def _interrupt_a_write() -> None:
+    raw = _InterruptedStream(2, "w", closefd=False)
+    sys.stderr = io.TextIOWrapper(io.BufferedWriter(raw), line_buffering=True)
+
+
+def test_a_signal_in_the_middle_of_a_log_line(data: Path, tmp_path: Path) -> None:
+    """The stream is not reentrant: to log from the handler would lose both lines and print a traceback."""
+    arguments = _config(tmp_path, data)
+    assert processes.finish(processes.forked(arguments, tmp_path / "log", prepare=_interrupt_a_write)) == [143]
+    log = (tmp_path / "log").read_text()
+    assert "Traceback" not in log
+    assert "step_00000006.pt" in log
+    assert "the same signal again stops at once" in log
 
 
 def _slow_steps() -> None:

@@ -374,48 +374,22 @@ def test_every_start_has_its_own_rendezvous(tmp_path: Path, monkeypatch: pytest.
     assert len(numbers) == 5
 
 
-def _meet(path: Path, number: int, *, die: bool) -> None:
-    """A rank that meets another; the second comes later, as ranks do."""
-    time.sleep(0.0 if die else 2.0 * number)
-    try:
-        url = f"file://{path}?world_size=2&rank={number}"
-        dist.init_process_group("gloo", init_method=url, timeout=timedelta(seconds=5))
-        total = torch.ones(1)
-        dist.all_reduce(total)
-        if die:
-            os.kill(os.getpid(), signal.SIGKILL)
-        os._exit(int(total) - 2)
-    finally:
-        os._exit(1)
+def _rank_that_is_killed(path: Path) -> None:
+    dist.FileStore(str(path), 2).set("address", "of a rank that is gone")
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _start_ranks(path: Path, *, die: bool = False) -> list[int | None]:
-    ranks = [
-        multiprocessing.get_context("fork").Process(target=_meet, args=(path, number), kwargs={"die": die})
-        for number in (0, 1)
-    ]
-    for rank in ranks:
-        rank.start()
-    deadline = time.monotonic() + 8
-    for rank in ranks:
-        rank.join(max(0.0, deadline - time.monotonic()))
-    codes = [rank.exitcode for rank in ranks]
-    for rank in ranks:
-        rank.kill()
-    return codes
-
-
-def test_the_rendezvous_of_a_killed_start_breaks_the_next_one(tmp_path: Path) -> None:
-    """Why every start has its own: the first rank to come finds the address of one that is gone."""
-
-    def start_after_a_kill(path: Path) -> list[int | None]:
-        assert _start_ranks(path, die=True) == [-signal.SIGKILL] * 2
-        assert path.exists()
-        return _start_ranks(path)
-
-    # Ranks that come at the very same time may be lucky.
-    assert any(start_after_a_kill(tmp_path / f"file{attempt}") != [0, 0] for attempt in range(3))
-    assert _start_ranks(tmp_path / "another") == [0, 0]
+def test_the_rendezvous_file_of_a_killed_start_misleads_the_next_one(tmp_path: Path) -> None:
+    """Why every start has its own: in the same file, a rank finds at once what it would have to wait for."""
+    killed = multiprocessing.get_context("fork").Process(target=_rank_that_is_killed, args=(tmp_path / "file",))
+    killed.start()
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL
+    assert dist.FileStore(str(tmp_path / "file"), 2).get("address") == b"of a rank that is gone"
+    fresh = dist.FileStore(str(tmp_path / "another"), 2)
+    fresh.set_timeout(timedelta(seconds=0.2))
+    with pytest.raises(RuntimeError, match="[Tt]imeout"):
+        fresh.get("address")
 
 
 class _Runner:
