@@ -13,7 +13,6 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
-import torch
 import torch.distributed as dist
 from fairchem.core.launchers.api import DistributedInitMethod, JobConfig, SchedulerType
 from fairchem.core.launchers.slurm_launch import SlurmSPMDProgram
@@ -388,7 +387,7 @@ def test_the_rendezvous_file_of_a_killed_start_misleads_the_next_one(tmp_path: P
     assert dist.FileStore(str(tmp_path / "file"), 2).get("address") == b"of a rank that is gone"
     fresh = dist.FileStore(str(tmp_path / "another"), 2)
     fresh.set_timeout(timedelta(seconds=0.2))
-    with pytest.raises(RuntimeError, match="[Tt]imeout"):
+    with pytest.raises(RuntimeError, match=r"[Tt]imeout"):
         fresh.get("address")
 
 
