@@ -5,18 +5,22 @@ runs over all edges before the next begins. They are far larger than a processor
 costs more than the arithmetic done on it. Here all operations run on one block of edges whose tensors stay in the
 cache, and only what the gradient needs is kept for all edges: the filters before their activation.
 
+On a CPU, all but the product is one pass in compiled code for the usual activation function (`edge_kernels`).
+
 The part of the edge embedding that depends on the distance alone enters the filters as a function of one number. It is
 multiplied by the weights at knots on that line, a few thousand rows instead of all edges, and interpolated.
 
 Legend: N atoms, E edges j -> i, F channels of an edge embedding, M channels of a message, K knots.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from faenet_ocp import edge_kernels
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -106,38 +110,43 @@ def filtered_sum(
     if torch.is_autocast_enabled(e.device.type):
         dtype = torch.get_autocast_dtype(e.device.type)
         e, weight, nodes = e.to(dtype), weight.to(dtype), nodes.to(dtype)
-        if knot_values is not None and knot_weight is not None:
-            knot_values, knot_weight = knot_values.to(dtype), knot_weight.to(dtype)
+        knot_values = None if knot_values is None else knot_values.to(dtype)
     if not torch.is_grad_enabled():
         weight = weight.detach()  # a parameter would seem to need what only a gradient needs
+    inputs = Inputs(e, weight, nodes, values, knot_values, near, knot_weight, source, target, shared)
     function = _in_blocks if opaque or not torch.compiler.is_compiling() else plain_filtered_sum
-    return function(e, weight, nodes, values, knot_values, near, knot_weight, source, target, act, shared)
+    return function(inputs, act)
 
 
-@torch.compiler.disable
-def _in_blocks(*arguments: Any) -> Tensor:
-    with torch.autocast(arguments[0].device.type, enabled=False):
-        return _FilteredSum.apply(*arguments)
+class Inputs(NamedTuple):
+    """What `filtered_sum` is given, in the precisions of its work; only the first five are differentiated."""
+
+    e: Tensor
+    weight: Tensor
+    nodes: Tensor
+    values: Tensor
+    knot_values: Tensor | None
+    near: Tensor | None
+    knot_weight: Tensor | None
+    source: Tensor
+    target: Tensor
+    shared: Tensor | None
+
+    def knots_at(self, rows: slice) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Values at the knots, and the near ones and their weights for some rows of e; None: there are no knots."""
+        if self.knot_values is None or self.near is None or self.knot_weight is None:
+            return None
+        return self.knot_values, self.near[rows], self.knot_weight[rows].to(self.knot_values.dtype)
 
 
-def plain_filtered_sum(
-    e: Tensor,
-    weight: Tensor,
-    nodes: Tensor,
-    values: Tensor,
-    knot_values: Tensor | None,
-    near: Tensor | None,
-    knot_weight: Tensor | None,
-    source: Tensor,
-    target: Tensor,
-    act: Activation,
-    shared: Tensor | None = None,
-) -> Tensor:
+def plain_filtered_sum(inputs: Inputs, act: Activation) -> Tensor:
     """`filtered_sum`, over all edges at once: what a compiler takes, and what derivatives of derivatives come from."""
+    e, weight, nodes, values, *_, source, target, shared = inputs
     with torch.autocast(e.device.type, enabled=False):
         a, b = nodes.chunk(2, dim=1)
         filters = functional.linear(e, weight)
-        if knot_values is not None and near is not None and knot_weight is not None:
+        if (knots := inputs.knots_at(slice(None))) is not None:
+            knot_values, near, knot_weight = knots
             filters = filters + (knot_values[near] * knot_weight.unsqueeze(2)).sum(dim=1)
         if shared is not None:
             filters = torch.cat([filters, filters.index_select(0, shared)])
@@ -145,57 +154,34 @@ def plain_filtered_sum(
         return segment_sum(act(filters) * values.index_select(0, source), target, len(values))
 
 
-class _FilteredSum(torch.autograd.Function):
-    """Arguments as of `plain_filtered_sum`; only the first five are differentiated."""
+@torch.compiler.disable
+def _in_blocks(inputs: Inputs, act: Activation) -> Tensor:
+    with torch.autocast(inputs.e.device.type, enabled=False):
+        return _FilteredSum.apply(act, *inputs)
 
+
+class _FilteredSum(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        e: Tensor,
-        weight: Tensor,
-        nodes: Tensor,
-        values: Tensor,
-        knot_values: Tensor | None,
-        near: Tensor | None,
-        knot_weight: Tensor | None,
-        source: Tensor,
-        target: Tensor,
-        act: Activation,
-        shared: Tensor | None,
-    ) -> Tensor:
+    def forward(ctx: Any, act: Activation, *tensors: Any) -> Tensor:
+        inputs = Inputs(*tensors)
         keep = any(ctx.needs_input_grad)
-        # Row 2 j of the table is a_j, row 2 i + 1 is b_i: one bag an edge adds them up.
-        table = nodes.reshape(-1, len(weight))
-        bags = torch.stack([2 * source, 2 * target + 1], dim=1)
-        kept = e.new_empty(len(source) if keep else 0, len(weight))
-        m = torch.zeros_like(values)
-        for rows, users in _users(len(e), shared, e.device):
-            if knot_values is not None and near is not None and knot_weight is not None:
-                common = functional.embedding_bag(
-                    near[rows], knot_values, mode="sum", per_sample_weights=knot_weight[rows]
-                ).addmm_(e[rows], weight.t())
-            else:
-                common = e[rows] @ weight.t()
-            for edges, place in reversed(users):
-                linear = functional.embedding_bag(bags[edges], table, mode="sum")
-                linear += common if place is None else common.index_select(0, place)
-                if keep:
-                    kept[edges] = linear
-                m.index_add_(0, target[edges], act(linear) * values.index_select(0, source[edges]))
+        m, kept = _fused_messages(inputs, keep) if _is_fused(inputs, act) else _messages(inputs, act, keep)
         ctx.act = act
-        ctx.save_for_backward(e, weight, nodes, values, knot_values, near, knot_weight, source, target, shared, kept)
+        ctx.save_for_backward(*inputs, kept)
         return m
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        *arguments, shared, kept = ctx.saved_tensors
+        *tensors, kept = ctx.saved_tensors
+        inputs, (grad_m,) = Inputs(*tensors), grad_outputs
+        _, *needed = ctx.needs_input_grad[:6]
         if torch.is_grad_enabled():  # the gradient itself is to be differentiated
-            gradients = _differentiable_gradients(arguments, ctx.act, shared, grad_outputs[0], ctx.needs_input_grad[:5])
+            gradients = _differentiable_gradients(inputs, ctx.act, grad_m, needed)
+        elif _is_fused(inputs, ctx.act):
+            gradients = _fused_gradients(inputs, kept, grad_m, with_edges=needed[0])
         else:
-            gradients = _gradients(
-                arguments, kept, ctx.act, shared, grad_outputs[0], with_edges=ctx.needs_input_grad[0]
-            )
-        return *gradients, None, None, None, None, None, None
+            gradients = _gradients(inputs, ctx.act, kept, grad_m, with_edges=needed[0])
+        return None, *gradients, None, None, None, None, None
 
 
 def _users(
@@ -213,27 +199,47 @@ def _users(
 
 
 def _differentiable_gradients(
-    arguments: list[Any], act: Activation, shared: Tensor | None, grad_m: Tensor, needed: tuple[bool, ...]
+    inputs: Inputs, act: Activation, grad_m: Tensor, needed: Sequence[bool]
 ) -> list[Tensor | None]:
     # Views: one argument may have been computed from another, whose gradient here is the direct one alone.
-    arguments = [None if argument is None else argument.view_as(argument) for argument in arguments]
-    m = plain_filtered_sum(*[*arguments, act, shared])
-    inputs = [argument for argument, needs in zip(arguments, needed, strict=False) if needs]
-    found = iter(torch.autograd.grad(m, inputs, grad_m, create_graph=True))
+    views = Inputs(*(None if tensor is None else tensor.view_as(tensor) for tensor in inputs))  # type: ignore[arg-type]
+    wanted = [tensor for tensor, needs in zip(views, needed, strict=False) if needs and tensor is not None]
+    found = iter(torch.autograd.grad(plain_filtered_sum(views, act), wanted, grad_m, create_graph=True))
     return [next(found) if needs else None for needs in needed]
 
 
+# In torch, on any device, with any activation function
+
+
+def _messages(inputs: Inputs, act: Activation, keep: bool) -> tuple[Tensor, Tensor]:
+    """m, (N, M), and if it is to be kept what the gradient needs: the filters before their activation, (E, M)."""
+    e, weight, nodes, values, *_, source, target, shared = inputs
+    # Row 2 j of the table is a_j, row 2 i + 1 is b_i: one bag an edge adds them up.
+    table = nodes.reshape(-1, len(weight))
+    bags = torch.stack([2 * source, 2 * target + 1], dim=1)
+    kept = e.new_empty(len(source) if keep else 0, len(weight))
+    m = torch.zeros_like(values)
+    for rows, users in _users(len(e), shared, e.device):
+        if (knots := inputs.knots_at(rows)) is not None:
+            knot_values, near, share = knots
+            common = functional.embedding_bag(near, knot_values, mode="sum", per_sample_weights=share)
+            common = common.addmm_(e[rows], weight.t())
+        else:
+            common = e[rows] @ weight.t()
+        for edges, place in reversed(users):
+            linear = functional.embedding_bag(bags[edges], table, mode="sum")
+            linear += common if place is None else common.index_select(0, place)
+            if keep:
+                kept[edges] = linear
+            m.index_add_(0, target[edges], act(linear) * values.index_select(0, source[edges]))
+    return m, kept
+
+
 def _gradients(
-    arguments: list[Any],
-    kept: Tensor,
-    act: Activation,
-    shared: Tensor | None,
-    grad_m: Tensor,
-    *,
-    with_edges: bool,
+    inputs: Inputs, act: Activation, kept: Tensor, grad_m: Tensor, *, with_edges: bool
 ) -> list[Tensor | None]:
-    """Gradients by the first five arguments, a block of edges at a time; sums in the precision of the values."""
-    e, weight, nodes, values, knot_values, near, knot_weight, source, target = arguments
+    """Gradients by the first five inputs, a block of edges at a time; sums in the precision of the values."""
+    e, weight, nodes, values, knot_values, *_, source, target, shared = inputs
     grad_e = torch.empty_like(e) if with_edges else None
     grad_weight = torch.zeros_like(weight, dtype=values.dtype)
     grad_a, grad_b, grad_values = (torch.zeros_like(values) for _ in range(3))
@@ -256,14 +262,76 @@ def _gradients(
         if grad_e is not None:
             torch.mm(grad_common, weight, out=grad_e[rows])
         grad_weight += grad_common.t() @ e[rows]
-        if grad_knots is not None:
+        if grad_knots is not None and (knots := inputs.knots_at(rows)) is not None:
             grad_common = grad_common.to(values.dtype)
-            for knot, share in zip(near[rows].unbind(1), knot_weight[rows].unbind(1), strict=True):
+            for knot, share in zip(knots[1].unbind(1), knots[2].unbind(1), strict=True):
                 grad_knots.index_add_(0, knot, grad_common * share.to(grad_common.dtype).unsqueeze(1))
     return [
         grad_e,
         grad_weight.to(weight.dtype),
         torch.cat([grad_a, grad_b], dim=1).to(nodes.dtype),
         grad_values,
-        None if grad_knots is None else grad_knots.to(knot_values.dtype),
+        None if knot_values is None or grad_knots is None else grad_knots.to(knot_values.dtype),
     ]
+
+
+# Compiled, on a CPU, with silu
+
+
+def _is_fused(inputs: Inputs, act: Activation) -> bool:
+    known = edge_kernels.usable(inputs.e, inputs.weight, inputs.nodes, inputs.values, inputs.knot_values)
+    return known and act is functional.silu and inputs.values.dtype == torch.float32
+
+
+def _fused_messages(inputs: Inputs, keep: bool) -> tuple[Tensor, Tensor]:
+    """As `_messages`."""
+    e, weight, *_, shared = inputs
+    channels = len(weight)
+    m = torch.zeros_like(inputs.values)
+    kept = e.new_empty(len(inputs.source) if keep else 0, channels)
+    common = e.new_empty(min(len(e), EDGES_PER_BLOCK), channels)
+    knots = e.new_empty(0, channels) if inputs.knot_values is None else inputs.knot_values
+    arrays = edge_kernels.arrays(m, kept, common, knots, inputs.nodes, *_of_edges(inputs))
+    for rows, users in _users(len(e), shared, e.device):
+        torch.mm(e[rows], weight.t(), out=common[: rows.stop - rows.start])
+        for edges, _ in users:
+            edge_kernels.run(edge_kernels.add_messages, channels, *arrays, rows.start, edges.start, edges.stop)
+    return m, kept
+
+
+def _fused_gradients(inputs: Inputs, kept: Tensor, grad_m: Tensor, *, with_edges: bool) -> list[Tensor | None]:
+    """As `_gradients`."""
+    e, weight, nodes, values, knot_values, *_, shared = inputs
+    channels = len(weight)
+    grad_e = torch.empty_like(e) if with_edges else None
+    grad_weight = torch.zeros_like(weight, dtype=values.dtype)
+    grad_nodes, grad_values = torch.zeros_like(nodes, dtype=values.dtype), torch.zeros_like(values)
+    grad_knots = values.new_zeros(0 if knot_values is None else len(knot_values), channels)
+    grad_common = values.new_empty(min(len(e), EDGES_PER_BLOCK), channels)
+    arrays = edge_kernels.arrays(grad_common, grad_nodes, grad_values, grad_knots, kept, grad_m, *_of_edges(inputs))
+    for rows, users in _users(len(e), shared, e.device):
+        part = grad_common[: rows.stop - rows.start].zero_()
+        for edges, _ in users:
+            edge_kernels.run(edge_kernels.add_gradients, channels, *arrays, rows.start, edges.start, edges.stop)
+        part = part.to(e.dtype)
+        if grad_e is not None:
+            torch.mm(part, weight, out=grad_e[rows])
+        grad_weight += part.t() @ e[rows]
+    return [
+        grad_e,
+        grad_weight.to(weight.dtype),
+        grad_nodes.to(nodes.dtype),
+        grad_values,
+        None if knot_values is None else grad_knots.to(knot_values.dtype),
+    ]
+
+
+def _of_edges(inputs: Inputs) -> tuple[Tensor, ...]:
+    """values, source, target, shared, near, share, as the kernels take them: nothing is an empty tensor."""
+    none = inputs.source.new_empty(0)
+    shared = none if inputs.shared is None else inputs.shared
+    if inputs.near is None or inputs.knot_weight is None:
+        near, share = none.int(), inputs.values.new_empty(0, 4)
+    else:
+        near, share = inputs.near[:, 0], inputs.knot_weight
+    return inputs.values, inputs.source, inputs.target, shared, near, share

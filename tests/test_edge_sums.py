@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import silu
 
 from faenet_ocp import edge_sums
-from faenet_ocp.edge_sums import Knots, cubic_interpolation, filtered_sum
+from faenet_ocp.edge_sums import Inputs, Knots, cubic_interpolation, filtered_sum
 from faenet_ocp.embedding import GaussianSmearing
 from network_inputs import build, energies, make_inputs, predict, slabs
 
@@ -72,7 +72,7 @@ def test_edges_that_share_an_embedding(with_knots):
     expected = naive(e[row], *inputs[1:], *rest, source, target, near[row], knot_weight[row])
     torch.testing.assert_close(ours(*inputs), expected, rtol=1e-12, atol=1e-12)
     knots = (at_knots, near[:own], knot_weight[:own]) if with_knots else (None, None, None)
-    plain = edge_sums.plain_filtered_sum(e, weight, nodes, values, *knots, source, target, silu, shared)
+    plain = edge_sums.plain_filtered_sum(Inputs(e, weight, nodes, values, *knots, source, target, shared), silu)
     torch.testing.assert_close(plain, expected, rtol=1e-12, atol=1e-12)
     assert torch.autograd.gradcheck(ours, inputs)
     assert torch.autograd.gradgradcheck(ours, inputs)
