@@ -20,7 +20,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from faenet_ocp import edge_kernels
+try:
+    from faenet_ocp import edge_kernels
+except ImportError:  # numba comes with fairchem-core; without both the network is slower on a CPU, and the same
+    edge_kernels = None  # type: ignore[assignment]
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -279,8 +282,9 @@ def _gradients(
 
 
 def _is_fused(inputs: Inputs, act: Activation) -> bool:
-    known = edge_kernels.usable(inputs.e, inputs.weight, inputs.nodes, inputs.values, inputs.knot_values)
-    return known and act is functional.silu and inputs.values.dtype == torch.float32
+    if edge_kernels is None or act is not functional.silu or inputs.values.dtype != torch.float32:
+        return False
+    return edge_kernels.usable(inputs.e, inputs.weight, inputs.nodes, inputs.values, inputs.knot_values)
 
 
 def _fused_messages(inputs: Inputs, keep: bool) -> tuple[Tensor, Tensor]:
