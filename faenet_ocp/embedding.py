@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from faenet_ocp.edge_sums import Activation, Knots, cubic_interpolation
+from faenet_ocp.edge_sums import Activation, Knots, Remembered, cubic_interpolation
 from faenet_ocp.elements import (
     MAX_ATOMIC_NUMBER,
     NUM_GROUPS,
@@ -237,6 +237,7 @@ class EdgeEmbedding(nn.Module):
         self.lin = dense(num_features, half or num_filters)
         self.lin_rbf = dense(num_gaussians, num_filters - half) if half else None
         self.lin_2 = dense(num_filters, num_filters) if second_layer else None
+        self.at_knots = Remembered()
 
     def forward(self, edge_vec: Tensor) -> Tensor:
         """(E, 3) -> (E, F)."""
@@ -246,11 +247,12 @@ class EdgeEmbedding(nn.Module):
     def tabulates(self, edge_vec: Tensor) -> bool:
         """Whether `with_knots` may be taken instead of `forward`, and is faster.
 
-        It is where arithmetic is what costs, on a CPU, if there are more edges than knots. In float64, and for
-        derivatives by the positions, it would not be exact enough.
+        It is where arithmetic is what costs, on a CPU, if there are more edges than knots, or the same knots serve many
+        batches. In float64, and for derivatives by the positions, it would not be exact enough.
         """
         usable = self.lin_rbf is not None and self.lin_2 is None and not edge_vec.requires_grad
-        fast = edge_vec.device.type == "cpu" and len(edge_vec) > 2 * self.smearing.num_knots
+        many = len(edge_vec) > 2 * self.smearing.num_knots or not torch.is_grad_enabled()
+        fast = edge_vec.device.type == "cpu" and many
         return usable and fast and edge_vec.dtype != torch.float64 and not torch.compiler.is_compiling()
 
     def with_knots(self, edge_vec: Tensor) -> tuple[Tensor, Knots]:
@@ -262,7 +264,8 @@ class EdgeEmbedding(nn.Module):
         if self.lin_rbf is None or self.lin_2 is not None:
             raise ValueError("no channels of the edge embedding depend on the distance alone")
         place = self.smearing.place(torch.linalg.vector_norm(edge_vec, dim=1))
-        values = self.act(self.lin_rbf(self.smearing(self.smearing.knots())))
+        lin_rbf, smearing = self.lin_rbf, self.smearing
+        values = self.at_knots(lambda: self.act(lin_rbf(smearing(smearing.knots()))), lin_rbf.weight, lin_rbf.bias)
         return self.act(self.lin(edge_vec)), Knots(values, *cubic_interpolation(place))
 
     def _first_layer(self, edge_vec: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch_geometric.utils import softmax
 
-from faenet_ocp.edge_sums import Activation, Knots, filtered_sum, segment_sum
+from faenet_ocp.edge_sums import Activation, Knots, Remembered, filtered_sum, segment_sum
 from faenet_ocp.rank_norm import RankGraphNorm
 
 
@@ -122,6 +122,7 @@ class EdgeFilter(nn.Module):
         super().__init__()
         self.act = options.act
         self.lin = dense(sum(self.columns(options)), out_channels)
+        self.at_knots = Remembered()
 
     def columns(self, options: BlockOptions) -> tuple[int, ...]:
         """Columns of W that act on each input."""
@@ -140,8 +141,10 @@ class EdgeFilter(nn.Module):
         """m_i = sum over edges j -> i of f_ij * v_j, (N, M)."""
         weight, knots = self.edge_weight(h.shape[1]), None
         if graph.knots is not None:
-            at_knots = weight[:, graph.edge_embedding.shape[1] :]
-            knots = graph.knots._replace(values=functional.linear(graph.knots.values, at_knots))
+            values_, weight_ = graph.knots.values, weight[:, graph.edge_embedding.shape[1] :]
+            knots = graph.knots._replace(
+                values=self.at_knots(lambda: functional.linear(values_, weight_), weight_, given=values_)
+            )
             weight = weight[:, : graph.edge_embedding.shape[1]]
         nodes = self.of_nodes(h)
         return filtered_sum(

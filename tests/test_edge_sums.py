@@ -194,9 +194,57 @@ def test_derivatives_by_the_positions_are_not_of_an_interpolation():
     assert (vectors.grad.abs().sum(1) > 0).all()
 
 
-def test_few_edges_are_not_worth_it():
-    inputs = make_inputs(slabs(1))
-    assert not build()[0].edge_embedding.tabulates(inputs.edge_vec[:10])
+def test_few_edges_are_worth_it_only_where_the_knots_serve_many_batches():
+    embedding, few = build()[0].edge_embedding, make_inputs(slabs(1)).edge_vec[:10]
+    assert not embedding.tabulates(few)
+    with torch.no_grad():
+        assert embedding.tabulates(few)
+
+
+@pytest.fixture
+def computed(monkeypatch):
+    """An entry for every time that knots are computed."""
+    calls, knots = [], GaussianSmearing.knots
+    monkeypatch.setattr(GaussianSmearing, "knots", lambda self: calls.append(1) or knots(self))
+    return calls
+
+
+def test_knots_are_computed_once_for_many_batches_in_evaluation(computed):
+    parts, inputs = build(), make_inputs(slabs(2))
+    with torch.no_grad():
+        first = energies(parts, inputs)
+        assert torch.equal(energies(parts, inputs), first)
+    assert len(computed) == 1
+
+
+@pytest.mark.parametrize("name", ["lin_rbf.weight", "lin_rbf.bias", "block"])
+def test_knots_follow_the_weights(name, computed):
+    """Also past autograd's count of changes, as averages of weights are swapped in."""
+    parts, inputs = build(), make_inputs(slabs(2))
+    weight = parts[0].blocks[0].filter.lin.weight
+    changed = weight if name == "block" else parts[0].edge_embedding.get_parameter(name)
+    with torch.no_grad():
+        energies(parts, inputs)
+    changed.data.add_(0.1)
+    with torch.no_grad():
+        after = energies(parts, inputs)
+    fresh = build()
+    for part, other in zip(fresh, parts, strict=True):
+        part.load_state_dict(other.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(after, energies(fresh, inputs), rtol=0, atol=0)
+    assert len(computed) == (2 if name == "block" else 3)
+
+
+def test_knots_follow_autocast_and_training():
+    parts, inputs = build(), make_inputs(slabs(2))
+    with torch.no_grad():
+        exact = energies(parts, inputs)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert not torch.equal(energies(parts, inputs), exact)
+        assert torch.equal(energies(parts, inputs), exact)
+    energies(parts, inputs).sum().backward()
+    assert bool(parts[0].edge_embedding.lin_rbf.weight.grad.any())
 
 
 def test_an_embedding_without_a_distance_part_cannot_be_interpolated():
