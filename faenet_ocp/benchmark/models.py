@@ -178,7 +178,7 @@ def same_weights(ours: Contender, theirs: Contender) -> None:
     )
 
 
-def schnet(task: str) -> Contender:
+def schnet(task: str, *, amp: bool = False) -> Contender:
     """PyG's SchNet on the batch's graph; forces of S2EF are -dE/dX, as in OCP."""
     torch.manual_seed(0)
     graph: dict[str, Tensor] = {}
@@ -201,7 +201,7 @@ def schnet(task: str) -> Contender:
             (gradient,) = torch.autograd.grad(energy.sum(), pos, create_graph=model.training)
         return {"energy": energy, "forces": -gradient}
 
-    return Contender("SchNet (PyG)", model, predict, _SCHNET[task])
+    return Contender("SchNet (PyG)" + (", bf16" if amp else ""), model, predict, _SCHNET[task], amp)
 
 
 def escn_md() -> Contender:

@@ -131,11 +131,10 @@ def _peers(settings: Settings) -> list[dict[str, Any]]:
         options = models.small(task) if settings.small else FAENET[task]
         batch = _batch(settings, task, min(settings.batch_size, 8))
         own = [models.faenet(task, options, frames=stochastic, graph_norm="system", amp=amp) for amp in (False, True)]
-        others = [models.schnet(task)] + ([models.escn_md()] if task == "is2re" else [])
+        schnet = [models.schnet(task, amp=amp) for amp in (False, True)]
+        others = [models.escn_md()] if task == "is2re" else []
         for mode in MODES:
-            groups.append(
-                _group("peers", task, mode, settings, [(one, batch) for one in [*others[:1], *own, *others[1:]]])
-            )
+            groups.append(_group("peers", task, mode, settings, [(one, batch) for one in [*schnet, *own, *others]]))
     return groups
 
 
