@@ -1,6 +1,7 @@
 """Runs that are killed, stopped or cannot write: nothing is lost, and what went wrong is said."""
 
 import io
+import json
 import os
 import random
 import signal
@@ -282,6 +283,28 @@ def test_a_signal_during_evaluation_does_not_wait_for_its_end(
     assert load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")["pending_evaluation"] is True
     assert processes.finish(processes.forked(arguments, tmp_path / "log")) == [0]
     _assert_same_end(unbroken(1), tmp_path)
+
+
+def _evaluation_takes_an_hour() -> None:
+    from faenet_ocp import trainer
+
+    run_split, clock, hours = trainer.run_split, time.perf_counter, []
+
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        hours.append(3600.0)
+        return run_split(*args, **kwargs)
+
+    trainer.run_split = slow
+    time.perf_counter = lambda: clock() + sum(hours)
+
+
+def test_evaluation_does_not_count_as_time_of_training(data: Path, tmp_path: Path) -> None:
+    arguments = _config(tmp_path, data)
+    assert processes.finish(processes.forked(arguments, tmp_path / "log", prepare=_evaluation_takes_an_hour)) == [0]
+    lines = (tmp_path / "run" / "logs" / "metrics.jsonl").read_text().splitlines()
+    speeds = [record["train/samples_per_s"] for line in lines if "train/samples_per_s" in (record := json.loads(line))]
+    assert len(speeds) == STEPS
+    assert min(speeds) > 0.1  # 6 systems an hour are 0.002
 
 
 def _ranks_of(process: subprocess.Popen) -> list[int]:
