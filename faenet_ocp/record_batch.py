@@ -51,6 +51,13 @@ class Systems(NamedTuple):
     pbc: Tensor
     batch: Tensor
 
+    def part(self, start: int, stop: int) -> "Systems":
+        """Some of the records, numbered from 0."""
+        first, counts = self.first[start:stop], self.counts[start:stop]
+        atoms = slice(int(first[0]), int(first[0]) + sum(counts))
+        cell, pbc = self.cell[start:stop], self.pbc[start:stop]
+        return Systems(counts, first - first[0], self.pos[atoms], cell, pbc, self.batch[atoms] - start)
+
 
 def make_batch(records: Sequence[Fields], sids: list[str], reading: Reading, *, surface: bool = False) -> AtomicData:
     """Make one ``AtomicData`` of all records, as ``OC20LmdbDataset`` describes it, without the attribute `dataset`.
@@ -139,11 +146,11 @@ def whole_number(fields: Fields, name: str, *, default: int) -> int:
 def array_of(fields: Fields, name: str, shape: tuple[int | None, ...]) -> Array:
     """A field as an array of this shape (None: any length); RecordError if it is missing or of another one."""
     value = fields.get(name)
+    if isinstance(value, np.ndarray) and value.shape == shape:
+        return value
     if not isinstance(value, np.ndarray | int | float):
         raise RecordError(f"has no field {name!r}" if value is None else f"has no numbers in the field {name!r}")
     array = np.asarray(value)
-    if array.shape == shape:
-        return array
     if array.ndim == len(shape) - 1 and shape[0] == 1:
         array = array[None]  # a system's cell may be (3, 3), its energy a number
     if array.ndim != len(shape) or any(n not in (None, m) for n, m in zip(shape, array.shape, strict=True)):

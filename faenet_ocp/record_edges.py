@@ -15,6 +15,9 @@ from faenet_ocp.graph import RESOLUTION, ROUNDING, SHELL_TOLERANCE, find_edges
 from faenet_ocp.record_batch import SHELL_EDGES, SHELL_OFFSETS, Array, Fields, Reading, Systems, array_of, converted
 from faenet_ocp.restricted_pickle import RecordError
 
+_AT_ONCE = 16
+"""Records whose edges are looked at together: so few that these stay in the processor's cache."""
+
 
 class _Lists:
     """Edges of some systems, in parts: system, index (2, e) in the numbering of that system, offsets (e, 3)."""
@@ -72,6 +75,21 @@ def make_edges(
         RecordError: edges that cannot be.
         ValueError: they have to be searched for, and the geometry is impossible.
     """
+    wanted = np.ones(len(systems.pos), dtype=bool) if wanted is None else wanted
+    parts = []
+    for start in range(0, len(records), _AT_ONCE):
+        some = systems.part(start, start + _AT_ONCE)
+        first = int(systems.first[start])
+        mask = wanted[first : first + len(some.pos)]
+        index, offsets, nedges = _make_edges(records[start : start + _AT_ONCE], some, reading, mask)
+        parts.append((torch.from_numpy(index + first), torch.from_numpy(offsets), torch.from_numpy(nedges)))
+    indices, shifts, counts = zip(*parts, strict=True)
+    return torch.cat(indices, 1), torch.cat(shifts).to(reading.dtype), torch.cat(counts)
+
+
+def _make_edges(
+    records: Sequence[Fields], systems: Systems, reading: Reading, wanted: Array
+) -> tuple[Array, Array, Array]:
     is_stored = np.array([reading.edges == "stored" and np.size(f.get("edge_index", ())) > 0 for f in records])
     lists = _Lists()
     for system, (fields, stored) in enumerate(zip(records, is_stored, strict=True)):
@@ -79,7 +97,6 @@ def make_edges(
             lists.add(system, *_stored_list(fields, "edge_index", "cell_offsets", systems.counts[system]))
         else:
             lists.add(system, *_search(systems, system, reading.cutoff))
-    wanted = np.ones(len(systems.pos), dtype=bool) if wanted is None else wanted
     geometry = _Geometry(
         np.append(systems.first, len(systems.pos)), systems.pos.double().numpy(), systems.cell.double().numpy()
     )
@@ -89,8 +106,7 @@ def make_edges(
     if broken.any():  # the stored lists of these atoms end inside a shell that must be whole
         lists = _whole_lists(records, systems, geometry, reading, broken, reach)
         whole, _, _ = _nearest(lists, geometry, broken, reading)
-    index, offsets, nedges = edge_lists.gather(*edges, *whole, broken, geometry.first, wanted)
-    return torch.from_numpy(index), torch.from_numpy(offsets).to(reading.dtype), torch.from_numpy(nedges)
+    return edge_lists.gather(*edges, *whole, broken, geometry.first, wanted)
 
 
 def _nearest(lists: _Lists, geometry: _Geometry, wanted: Array, reading: Reading) -> tuple[_Edges, Array, Array]:

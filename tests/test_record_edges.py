@@ -124,7 +124,7 @@ def assert_expected(records: list[Any], reading: Reading) -> None:
 @pytest.mark.parametrize("max_neighbors", [1, 3, 8, 100])
 @pytest.mark.parametrize("spoilt", [0, SHUFFLED, DOUBLED, SELVES, THINNED])
 def test_random_systems(spoilt: int, max_neighbors: int, dtype: torch.dtype) -> None:
-    records = [system(seed, pbc=seed % 4 != 0, spoilt=spoilt) for seed in range(16)]
+    records = [system(seed, pbc=seed % 4 != 0, spoilt=spoilt) for seed in range(20)]
     of_packed = [packed(fields) for fields in records]
     for edges, cutoff in (("stored", 4.0), ("stored", 3.1), ("recompute", 3.5)):
         reading = Reading({}, edges, dtype, cutoff, max_neighbors)
