@@ -25,8 +25,8 @@ shells. It is counted from that one distance only, so a chain of close distances
 ROUNDING = 1e-4
 """An edge exactly as long as the cutoff is kept on all sides, whatever its last digits are."""
 
-# Distances closer than this (the rounding of float32 coordinates) are ordered by source and offsets instead.
-_RESOLUTION = 2.0**-20
+RESOLUTION = 2.0**-20
+"""Distances closer than this (the rounding of float32 coordinates) are ordered by source and offsets instead."""
 # Beyond these a neighbour list takes minutes or all memory, or ends the process (seen with vesin 0.6).
 _MAX_COORDINATE = 1e4
 _MAX_IMAGES = 1e4
@@ -63,7 +63,7 @@ def limit_neighbors(
     _check_limits(cutoff, max_neighbors)
     short = distances <= cutoff + ROUNDING
     within = None if bool(short.all()) else torch.nonzero(short).view(-1)
-    columns = [edge_index[1], (distances.double() / _RESOLUTION).round_(), edge_index[0]]
+    columns = [edge_index[1], (distances.double() / RESOLUTION).round_(), edge_index[0]]
     columns += [] if cell_offsets is None else cell_offsets.unbind(1)
     if within is not None:
         columns = [column[within] for column in columns]

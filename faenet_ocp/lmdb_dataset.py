@@ -6,6 +6,7 @@ Shapes: n atoms and e edges of one sample. Energies in eV, forces in eV/A, lengt
 
 import difflib
 import hashlib
+import importlib
 import itertools
 import logging
 import os
@@ -105,8 +106,10 @@ class OC20LmdbDataset(BaseDataset[AtomicData]):
             edges=config.get("edges", "stored"),
             dtype=DTYPES[config.get("dtype", "float32")],
             cutoff=config.get("cutoff", 0.0),
-            max_neighbors=config.get("max_neighbors", 0),
+            max_neighbors=int(config.get("max_neighbors", 0)),
         )
+        if self._reading.edges != "none":  # compiled here and once, not in each loader worker
+            importlib.import_module("faenet_ocp.record_edges")
         self.transforms = Compose(config.get("transforms") or {})
         self.seed = config.get("seed", 0)
         self.name = config.get("dataset_name", "oc20")
@@ -238,6 +241,8 @@ def _check_config(config: Mapping[str, Any]) -> None:
         for key in ("cutoff", "max_neighbors"):
             if not isinstance(config.get(key), int | float) or not config[key] > 0:
                 raise ValueError(f"dataset.{key}: {config.get(key)!r} must be positive (unless edges: none)")
+        if not float(config["max_neighbors"]).is_integer():
+            raise ValueError(f"dataset.max_neighbors: {config['max_neighbors']!r} must be a whole number")
 
 
 def _label_sources(labels: Sequence[str] | None, key_mapping: Mapping[str, str]) -> dict[str, tuple[str, ...]]:

@@ -14,7 +14,6 @@ from fairchem.core.datasets.atomic_data import AtomicData
 from numpy.typing import NDArray
 from torch import Tensor
 
-from faenet_ocp.graph import SHELL_TOLERANCE, edge_lengths, find_edges, limit_neighbors
 from faenet_ocp.restricted_pickle import RecordError
 
 Fields = Mapping[str, Any]
@@ -42,7 +41,7 @@ class Reading(NamedTuple):
     max_neighbors: int = 0
 
 
-class _Systems(NamedTuple):
+class Systems(NamedTuple):
     """The atoms of the records: counts (B,), first atoms (B,), pos (N, 3), cell (B, 3, 3), pbc (B, 3), batch (N,)."""
 
     counts: list[int]
@@ -52,6 +51,13 @@ class _Systems(NamedTuple):
     pbc: Tensor
     batch: Tensor
 
+    def part(self, start: int, stop: int) -> "Systems":
+        """Some of the records, numbered from 0."""
+        first, counts = self.first[start:stop], self.counts[start:stop]
+        atoms = slice(int(first[0]), int(first[0]) + sum(counts))
+        cell, pbc = self.cell[start:stop], self.pbc[start:stop]
+        return Systems(counts, first - first[0], self.pos[atoms], cell, pbc, self.batch[atoms] - start)
+
 
 def make_batch(records: Sequence[Fields], sids: list[str], reading: Reading, *, surface: bool = False) -> AtomicData:
     """Make one ``AtomicData`` of all records, as ``OC20LmdbDataset`` describes it, without the attribute `dataset`.
@@ -60,7 +66,7 @@ def make_batch(records: Sequence[Fields], sids: list[str], reading: Reading, *, 
         records: at least one.
         sids: of the records.
         reading: what to read.
-        surface: leave out the edges of atoms of tag 0 (as targets), because these will be removed anyway.
+        surface: leave out the edges from and to atoms of tag 0, because these will be removed anyway.
 
     Raises:
         RecordError: something is wrong with a record; what, but not with which.
@@ -70,7 +76,7 @@ def make_batch(records: Sequence[Fields], sids: list[str], reading: Reading, *, 
     if not 1 <= int(numbers.min()) <= int(numbers.max()) < NUM_ELEMENTS:
         raise RecordError(f"has atomic numbers outside 1 to {NUM_ELEMENTS - 1}")
     tags = _per_atom(records, "tags", (), torch.long, systems.counts, default=0)
-    edge_index, cell_offsets = _graph(records, systems, reading, wanted=tags != 0 if surface else None)
+    edge_index, cell_offsets, nedges = _graph(records, systems, reading, wanted=tags != 0 if surface else None)
     size = len(records)
     data = AtomicData(
         pos=systems.pos,
@@ -79,8 +85,8 @@ def make_batch(records: Sequence[Fields], sids: list[str], reading: Reading, *, 
         pbc=systems.pbc,
         natoms=torch.tensor(systems.counts),
         edge_index=edge_index,
-        cell_offsets=cell_offsets.to(reading.dtype),
-        nedges=torch.bincount(systems.batch[edge_index[1]], minlength=size),
+        cell_offsets=cell_offsets,
+        nedges=nedges,
         charge=torch.zeros(size, dtype=torch.long),
         spin=torch.zeros(size, dtype=torch.long),
         tags=tags,
@@ -94,6 +100,18 @@ def make_batch(records: Sequence[Fields], sids: list[str], reading: Reading, *, 
     elements = torch.bincount(systems.batch * NUM_ELEMENTS + numbers, minlength=size * NUM_ELEMENTS)
     data.composition = elements.view(size, NUM_ELEMENTS).float()
     return data
+
+
+def _graph(
+    records: Sequence[Fields], systems: Systems, reading: Reading, wanted: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """edge_index (2, E), cell_offsets (E, 3) and the number of edges of each record (B,)."""
+    if reading.edges == "none":
+        edges = torch.empty(2, 0, dtype=torch.long), torch.empty(0, 3, dtype=reading.dtype)
+        return *edges, torch.zeros(len(records), dtype=torch.long)
+    from faenet_ocp.record_edges import make_edges  # not before it is needed: it compiles
+
+    return make_edges(records, systems, reading, None if wanted is None else wanted.numpy())
 
 
 def assign_batch_stats(data: AtomicData) -> None:
@@ -128,11 +146,11 @@ def whole_number(fields: Fields, name: str, *, default: int) -> int:
 def array_of(fields: Fields, name: str, shape: tuple[int | None, ...]) -> Array:
     """A field as an array of this shape (None: any length); RecordError if it is missing or of another one."""
     value = fields.get(name)
+    if isinstance(value, np.ndarray) and value.shape == shape:
+        return value
     if not isinstance(value, np.ndarray | int | float):
         raise RecordError(f"has no field {name!r}" if value is None else f"has no numbers in the field {name!r}")
     array = np.asarray(value)
-    if array.shape == shape:
-        return array
     if array.ndim == len(shape) - 1 and shape[0] == 1:
         array = array[None]  # a system's cell may be (3, 3), its energy a number
     if array.ndim != len(shape) or any(n not in (None, m) for n, m in zip(shape, array.shape, strict=True)):
@@ -142,10 +160,10 @@ def array_of(fields: Fields, name: str, shape: tuple[int | None, ...]) -> Array:
 
 
 def _joined(arrays: Sequence[Array], name: str, dtype: torch.dtype) -> Tensor:
-    return _converted(np.concatenate(arrays), name, dtype)
+    return converted(np.concatenate(arrays), name, dtype)
 
 
-def _converted(array: Array, name: str, dtype: torch.dtype) -> Tensor:
+def converted(array: Array, name: str, dtype: torch.dtype) -> Tensor:
     """An array of ours as a tensor; RecordError if numbers are not finite, or not whole where they should be."""
     if array.dtype.kind == "f" and not dtype.is_floating_point and not all_whole(array):
         raise RecordError(f"has values in {name} that are no whole numbers")
@@ -178,14 +196,14 @@ def _per_atom(
     return _joined(arrays, name, dtype)
 
 
-def _systems(records: Sequence[Fields], dtype: torch.dtype) -> _Systems:
+def _systems(records: Sequence[Fields], dtype: torch.dtype) -> Systems:
     positions = [array_of(fields, "pos", (None, 3)) for fields in records]
     counts = [len(array) for array in positions]
     for fields, count in zip(records, counts, strict=True):
         if count == 0 or whole_number(fields, "natoms", default=count) != count:
             raise RecordError(f"has {count} positions for {fields.get('natoms')} atoms")
     periodic = np.ones((1, 3), dtype=bool)
-    return _Systems(
+    return Systems(
         counts=counts,
         first=np.cumsum(counts) - counts,
         pos=_joined(positions, "pos", dtype),
@@ -212,123 +230,3 @@ def _label_name(fields: Fields, label: str, names: Sequence[str]) -> str:
     if len(present) > 1:
         raise RecordError(f"has several candidates for {label!r}: {', '.join(present)}; choose with key_mapping")
     return present[0]
-
-
-# Edges
-
-
-class _Edges(NamedTuple):
-    """source (E,) and target (E,) in the numbering of the batch, offsets (E, 3): int64."""
-
-    source: Tensor
-    target: Tensor
-    offsets: Tensor
-
-    def take(self, chosen: Tensor) -> "_Edges":
-        """Those at the positions `chosen` (E',)."""
-        return _Edges(*(column.index_select(0, chosen) for column in self))
-
-    def where(self, mask: Tensor) -> "_Edges":
-        return self.take(torch.nonzero(mask).view(-1))
-
-    def join(self, other: "_Edges") -> "_Edges":
-        return _Edges(*(torch.cat(pair) for pair in zip(self, other, strict=True)))
-
-
-class _List(NamedTuple):
-    """Edges of one system in its own numbering: edges (2, e), offsets (e, 3)."""
-
-    edges: Array
-    offsets: Array
-
-
-def _graph(
-    records: Sequence[Fields], systems: _Systems, reading: Reading, wanted: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """edge_index (2, E) and cell_offsets (E, 3) of all records, ordered by target; of targets not `wanted`: none."""
-    if reading.edges == "none":
-        return torch.empty(2, 0, dtype=torch.long), torch.empty(0, 3, dtype=torch.long)
-    is_stored = [reading.edges == "stored" and np.size(fields.get("edge_index", ())) > 0 for fields in records]
-    lists = {}
-    for system, (fields, stored) in enumerate(zip(records, is_stored, strict=True)):
-        if stored:
-            lists[system] = _stored_list(fields, "edge_index", "cell_offsets", systems.counts[system])
-        else:
-            lists[system] = _search(systems, system, reading.cutoff)
-    edges = _join_lists(lists, systems, wanted)
-    kept, lengths = _limited(edges, systems, reading)
-    is_stored_target = torch.from_numpy(np.repeat(is_stored, systems.counts))
-    stored_count, count = (torch.bincount(e.target, minlength=len(systems.pos)) for e in (edges, kept))
-    broken = (count == stored_count) & (stored_count >= reading.max_neighbors) & is_stored_target
-    if bool(broken.any()):  # the stored lists of these atoms end inside a shell that must be whole
-        reach = torch.zeros(len(systems.pos), dtype=lengths.dtype).scatter_reduce_(0, kept.target, lengths, "amax")
-        whole = _whole_lists(records, systems, reading, edges, broken, reach)
-        kept = kept.where(~broken[kept.target]).join(whole)
-        kept = kept.take(torch.argsort(kept.target, stable=True))
-    return torch.stack([kept.source, kept.target]), kept.offsets
-
-
-def _stored_list(fields: Fields, edges: str, offsets: str, num_atoms: int) -> _List:
-    index = array_of(fields, edges, (2, None))
-    if index.size and not 0 <= index.min() <= index.max() < num_atoms:  # also false for NaN
-        raise RecordError(f"has edges of atoms outside 0 to {num_atoms - 1}")
-    return _List(index, array_of(fields, offsets, (index.shape[1], 3)))
-
-
-def _search(systems: _Systems, system: int, cutoff: float) -> _List:
-    first = systems.first[system]
-    pos = systems.pos[first : first + systems.counts[system]]
-    index, offsets = find_edges(pos, systems.cell[system], systems.pbc[system], cutoff=cutoff)
-    return _List(index.numpy(), offsets.numpy())
-
-
-def _join_lists(lists: Mapping[int, _List], systems: _Systems, wanted: Tensor | None) -> _Edges:
-    """Edges of some systems in the numbering of the batch, as far as their target is `wanted` (N,); None: all."""
-    first = np.repeat(systems.first[list(lists)], [part.edges.shape[1] for part in lists.values()])
-    target = np.concatenate([part.edges[1] for part in lists.values()]) + first
-    source = np.concatenate([part.edges[0] for part in lists.values()])
-    offsets = np.concatenate([part.offsets for part in lists.values()])
-    if wanted is not None:  # before anything is done to most of them in vain
-        chosen = np.flatnonzero(wanted.numpy()[target.astype(np.int64, copy=False)])
-        first, target, source, offsets = first[chosen], target[chosen], source[chosen], offsets[chosen]
-    return _Edges(
-        _converted(source + first, "edge_index", torch.long),
-        _converted(target, "edge_index", torch.long),
-        _converted(offsets, "cell_offsets", torch.long),
-    )
-
-
-def _limited(edges: _Edges, systems: _Systems, reading: Reading) -> tuple[_Edges, Tensor]:
-    """The edges of the nearest neighbours, ordered by target, and their lengths."""
-    index = torch.stack([edges.source, edges.target])
-    # Not the stored distances: those of some files belong to other positions (pos_relaxed).
-    lengths = edge_lengths(systems.pos, systems.cell, index, edges.offsets, systems.batch[edges.target])
-    if bool((lengths == 0).any()):
-        lengths[(edges.source == edges.target) & (lengths == 0)] = torch.inf  # an atom is no neighbour of itself
-    chosen = limit_neighbors(
-        index,
-        lengths,
-        num_atoms=len(systems.pos),
-        cutoff=reading.cutoff,
-        max_neighbors=reading.max_neighbors,
-        cell_offsets=edges.offsets,
-    )
-    return edges.take(chosen), lengths[chosen]
-
-
-def _whole_lists(
-    records: Sequence[Fields], systems: _Systems, reading: Reading, edges: _Edges, broken: Tensor, reach: Tensor
-) -> _Edges:
-    """The edges of the targets `broken` (N,), none of their last shells missing; `reach` (N,): where these begin."""
-    lists = {}
-    is_packed = torch.zeros(len(records), dtype=torch.bool)
-    for system in torch.unique(systems.batch[broken]).tolist():
-        fields = records[system]
-        if SHELL_EDGES in fields:
-            lists[system] = _stored_list(fields, SHELL_EDGES, SHELL_OFFSETS, systems.counts[system])
-            is_packed[system] = True
-        else:
-            farthest = float(reach[broken & (systems.batch == system)].max())
-            lists[system] = _search(systems, system, min(farthest + SHELL_TOLERANCE, reading.cutoff))
-    own = edges.where((broken & is_packed[systems.batch])[edges.target])
-    return _limited(_join_lists(lists, systems, broken).join(own), systems, reading)[0]

@@ -19,7 +19,7 @@ from fairchem.core.datasets.base_dataset import create_dataset
 from torch.utils.data import DataLoader
 
 import small_data
-from faenet_ocp import lmdb_dataset, record_batch
+from faenet_ocp import edge_lists, lmdb_dataset, record_edges
 from faenet_ocp.graph import build_graph, edge_vectors, limit_neighbors
 from faenet_ocp.lmdb_dataset import NAMES, OC20LmdbDataset
 from faenet_ocp.lmdb_files import LmdbFile, resolve_files
@@ -252,7 +252,8 @@ def test_shells_that_the_stored_list_breaks_off_are_completed(tmp_path, max_neig
 
 
 def test_whole_shells_are_taken_from_the_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(record_batch, "find_edges", None)
+    monkeypatch.setattr(record_edges, "find_edges", None)
+    monkeypatch.setattr(edge_lists, "search", None)
     assert dataset_of(tmp_path, unrelaxed_slab(np.arange(16)), max_neighbors=12)[0].nedges > 16 * 9
 
 

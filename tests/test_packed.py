@@ -21,7 +21,7 @@ from ase.build import fcc111
 
 import processes
 import small_data
-from faenet_ocp import build, record_batch
+from faenet_ocp import build, edge_lists, record_edges
 from faenet_ocp import pack as packing
 from faenet_ocp.config import build_config, load_yaml
 from faenet_ocp.lmdb_dataset import OC20LmdbDataset
@@ -137,7 +137,8 @@ def test_broken_shells_are_completed_without_a_search(
         keys = [(0, 2), (0, 0), (0, 1)]
         expected = original.load_batch(keys)
         with monkeypatch.context() as patched:
-            patched.setattr(record_batch, "find_edges", None)
+            patched.setattr(record_edges, "find_edges", None)
+            patched.setattr(edge_lists, "search", None)
             assert_same(packed.load_batch(keys), expected)
             if max_neighbors in (40, 48, 49, 50):
                 with pytest.raises(TypeError):  # negative control: without these edges there is a search
