@@ -72,7 +72,7 @@ class Templates:
             return None
         try:
             return _build(value, segment.layout, numbers, starts)
-        except ValueError:  # a shape that does not fit its storage
+        except DAMAGE:  # a shape that does not fit its storage
             return None
 
     def learn(self, value: bytes) -> None:
@@ -107,8 +107,8 @@ def _build(value: bytes, layout: Layout, numbers: Sequence[tuple[Any, ...]], sta
     for name, storage, dtype, (offset_in, one), (size_in, size), (stride_in, stride) in layout.tensors:
         (offset,), shape, steps = numbers[offset_in][one], numbers[size_in][size], numbers[stride_in][stride]
         count, start = numbers[storage][-1], starts[storage]
-        needed, last, is_contiguous = extent(offset, shape, steps)
-        if is_contiguous and needed > 0 and last < count:
+        _, last, is_contiguous = extent(offset, shape, steps)
+        if is_contiguous and last < count:
             fields[name] = np.ndarray(shape, dtype, value, start + offset * dtype.itemsize)
         else:
             fields[name] = rebuild_tensor(np.frombuffer(value, dtype, count, start), offset, shape, steps)

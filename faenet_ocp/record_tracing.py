@@ -117,8 +117,7 @@ def _locate(fields: dict[str, Any], places: dict[int, tuple[int, int]], starts: 
             return 0, slice(0, 0)
         part, first = places[numbers[0].start]
         there = [(part, first + index) for index in range(len(numbers))]
-        whole = all(type(number) is _Number and number.convert is int for number in numbers)
-        check(whole and [places[number.start] for number in numbers] == there, "a shape of unusual numbers")
+        check([places[number.start] for number in numbers] == there, "a shape of scattered numbers")
         return part, slice(first, first + len(numbers))
 
     layout = Layout(dict.fromkeys(fields), [], [])
@@ -144,10 +143,6 @@ class _Number:
     start: int
     form: str
     convert: Callable[[Any], Any] = int
-
-
-class _Scalar(_Number):
-    """A number of numpy, which pickles remember and may use in several fields."""
 
 
 class _Text(str):
@@ -188,11 +183,6 @@ class _Tracer(PickleReader):
         self.base = base
         self.frames: list[int] = []
         self.tensors: list[_Tensor] = []
-
-    def load(self) -> Any:
-        result = super().load()
-        check(all(type(item) is not _Number for item in self.memo.values()), "a number that may be used twice")
-        return result
 
     @property
     def place(self) -> int:
@@ -247,9 +237,9 @@ class _Tracer(PickleReader):
         return self.tensors[-1]
 
 
-def _scalar(kind: Any, raw: _Bytes) -> _Scalar:
+def _scalar(kind: Any, raw: _Bytes) -> _Number:
     dtype = kind.dtype
-    return _Scalar(raw.start, f"{len(raw.data)}s", lambda data: np.frombuffer(data, dtype)[0].item())
+    return _Number(raw.start, f"{len(raw.data)}s", lambda data: np.frombuffer(data, dtype)[0].item())
 
 
 def _float(data: bytes) -> float:

@@ -270,14 +270,25 @@ def data(*items: bytes) -> bytes:
     return b"ctorch_geometric.data.data\nData\n)\x81}(" + b"".join(items) + b"ub."
 
 
-def storage(numbers: int, key: str = "123", *, shared: bool = False) -> bytes:
-    """The instructions for a storage; `shared`: its key is also the word that says what it is."""
-    start = b"ctorch.storage\n_load_from_bytes\n"
-    kind, again = (text(key) + b"q\x01", b"h\x01") if shared else (text("storage"), text(key))
-    stream = record_objects._USUAL_START + b"\x80\x02(" + kind + b"ctorch\nFloatStorage\n"
-    stream += again + text("cpu") + b"K" + bytes((numbers,)) + b"NtQ.\x80\x02]" + text(key) + b"a."
+def storage(
+    numbers: int, key: str = "123", *, key_twice: bool = False, early: bool = False, location: bytes = b""
+) -> bytes:
+    """The instructions for a storage.
+
+    Args:
+        numbers: in it.
+        key: of it.
+        key_twice: the key is also the word that says what it is.
+        early: the number of elements comes before the rest.
+        location: other instructions for that, which may use `numbers` (h 7).
+    """
+    count = b"K" + bytes((numbers,)) + b"q\x07"
+    before, count = (b"]" + count + b"a", b"h\x07") if early else (b"", count)
+    kind, again = (text(key) + b"q\x01", b"h\x01") if key_twice else (text("storage"), text(key))
+    stream = record_objects._USUAL_START + b"\x80\x02" + before + b"(" + kind + b"ctorch\nFloatStorage\n"
+    stream += again + (location or text("cpu")) + count + b"NtQ.\x80\x02]" + text(key) + b"a."
     stream += struct.pack(f"<q{numbers}f", numbers, *range(numbers))
-    return start + b"B" + struct.pack("<I", len(stream)) + stream + b"q\x63\x85R"
+    return b"ctorch.storage\n_load_from_bytes\nB" + struct.pack("<I", len(stream)) + stream + b"q\x63\x85R"
 
 
 def tensor(source: bytes, size: bytes, stride: bytes = b"K\x01\x85", offset: bytes = b"K\x00") -> bytes:
@@ -320,6 +331,29 @@ def twice(first: int, second: int) -> dict[str, tuple[bytes, bytes]]:
         ),
         "a size, as a field": pair(lambda n: data(text("a"), tensor(storage(9), shape(n)), text("b"), b"h\x02")),
         "a size, as a stride": pair(lambda n: data(text("a"), tensor(storage(9), shape(n), b"h\x02"))),
+        "a size, twice in a shape": pair(
+            lambda n: data(
+                text("b"), b"K" + n + b"q\x01", text("a"), tensor(storage(9), b"h\x01h\x01\x86", b"K\x03K\x01\x86")
+            )
+        ),
+        "a size that is a number of numpy": pair(
+            lambda n: data(
+                text("b"),
+                SCALAR.replace(b"f8", b"i8") % (n + bytes(7), b"") + b"q\x05",
+                text("a"),
+                tensor(storage(9), b"h\x05\x85"),
+            )
+        ),
+        "a size, empty": pair(
+            lambda n: data(text("a"), tensor(storage(9), b"K\x00K" + n + b"\x86", b"K" + n + b"K\x01\x86"))
+        ),
+        "a count before its key": pair(lambda n: data(text("a"), tensor(storage(ord(n), early=True), b"K\x01\x85"))),
+        "a count and a size in the stream": pair(
+            lambda n: data(
+                text("a"),
+                tensor(storage(ord(n), early=True, location=tensor(storage(4), b"h\x07\x85")), b"K\x01\x85"),
+            )
+        ),
         "a size, of an array": pair(
             lambda n: data(
                 text("a"),
@@ -346,7 +380,7 @@ def twice(first: int, second: int) -> dict[str, tuple[bytes, bytes]]:
             data(text("a"), tensor(storage(4, key), b"K\x04\x85")) for key in ("storage", "strange")
         ),
         "a key that says what it is": tuple(
-            data(text("a"), tensor(storage(4, key, shared=True), b"K\x04\x85")) for key in ("storage", "1234567")
+            data(text("a"), tensor(storage(4, key, key_twice=True), b"K\x04\x85")) for key in ("storage", "1234567")
         ),
         "a key that is no text": tuple(
             data(text("a"), tensor(storage(4, "123").replace(b"123", key), b"K\x04\x85")) for key in (b"123", b"\xff23")
@@ -376,16 +410,20 @@ def test_the_hand_made_records_become_templates_where_they_may() -> None:
         templates.learn(first)
         if templates.read(second) is not None:
             used.add(name)
-    expected = {
+    assert used == {
+        "a number",
+        "a number and a size",
+        "a number in a list",
+        "a float",
         "a size, of tensors",
         "a size, as a stride",
+        "a size, empty",
         "an offset",
         "a storage",
         "a number of numpy",
         "a name",
         "a frame",
     }
-    assert used == expected
 
 
 # Cost
