@@ -18,6 +18,7 @@ from faenet_ocp.record_tracing import STORAGE_NUMBERS, Layout, Part, trace
 from faenet_ocp.restricted_pickle import DAMAGE
 
 _MAX_RECORD, _MAX_BYTES = 1 << 16, 1 << 21  # bytes to compare: of one record, of all
+_MAX_WAYS = 16  # in which records may go on from one segment
 _PRICE = 32  # learning is allowed once in so many records: it takes as long as reading three of them without template
 _FIRST = 16  # but so often at once
 
@@ -95,6 +96,7 @@ class Templates:
             node = next((segment for segment in known if segment.part == part), None) or _Segment(part)
             if node not in known:
                 known.insert(0, node)
+                del known[_MAX_WAYS:]
             known = node.next
         node.layout = layout
 
