@@ -226,7 +226,7 @@ class _Tracer(PickleReader):
         for _ in range(3):
             reader.load()
         (_, kind, key, _, elements, _), (again,) = reader.load(), reader.load()
-        check(key.isascii() and key.isdigit() and not reader.tensors, "an unusual storage")
+        check(key.isascii() and key.isdigit(), "a storage with an unusual key")
         keys = [_Number(text.end - len(key), f"{len(key)}s") for text in (key, again)]
         start = reader.place + 8
         numbers = (payload.length, keys[0], elements, keys[1], _Number(start - 8, "q"))

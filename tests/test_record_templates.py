@@ -18,7 +18,7 @@ from faenet_ocp.lmdb_records import decode_count, decode_record
 from faenet_ocp.record_objects import fields_of, find
 from faenet_ocp.record_templates import Templates
 from faenet_ocp.record_tracing import trace
-from faenet_ocp.restricted_pickle import RecordError, load
+from faenet_ocp.restricted_pickle import DAMAGE, RecordError, load
 
 
 def by_instruction(value: bytes) -> dict[str, Any] | str:
@@ -336,6 +336,16 @@ def twice(first: int, second: int) -> dict[str, tuple[bytes, bytes]]:
                 text("b"), b"K" + n + b"q\x01", text("a"), tensor(storage(9), b"h\x01h\x01\x86", b"K\x03K\x01\x86")
             )
         ),
+        "a size, twice in a shape, and a number after it": pair(
+            lambda n: data(
+                text("b"),
+                b"K\x02q\x01",
+                text("c"),
+                b"K" + n,
+                text("a"),
+                tensor(storage(9), b"h\x01h\x01\x86", b"K\x02K\x01\x86"),
+            )
+        ),
         "a size that is a number of numpy": pair(
             lambda n: data(
                 text("b"),
@@ -403,13 +413,17 @@ def test_values_with_a_second_use(name: str, first: int, second: int) -> None:
 
 def test_the_hand_made_records_become_templates_where_they_may() -> None:
     """Negative control of the cases above: they are what a template is made of."""
-    used = set()
+    used, refused = set(), set()
     for name, (first, second) in twice(2, 3).items():
         assert not isinstance(by_instruction(first), str), name
         templates = Templates()
         templates.learn(first)
         if templates.read(second) is not None:
             used.add(name)
+        try:
+            trace(first)
+        except DAMAGE:
+            refused.add(name)
     assert used == {
         "a number",
         "a number and a size",
@@ -424,6 +438,20 @@ def test_the_hand_made_records_become_templates_where_they_may() -> None:
         "a number of numpy",
         "a name",
         "a frame",
+    }
+    assert refused == {
+        "a size, of a hidden tensor",
+        "a size, of a tensor that is replaced",
+        "a size, as a field",
+        "a size, of an array",
+        "a size, twice in a shape",
+        "a size, twice in a shape, and a number after it",
+        "a count before its key",
+        "a count and a size in the stream",
+        "bytes of a storage",
+        "bytes of a number of numpy",
+        "a key with another meaning",
+        "a key that says what it is",
     }
 
 
