@@ -8,7 +8,7 @@ and calls, and nothing else. Classes are marks, objects are an inert name with a
 """
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -58,6 +58,10 @@ Find = Callable[[str, str], Any]
 """(module, name) to what stands for it: a Function, a ClassMark, a mark of the caller's own; or RecordError."""
 
 
+DAMAGE = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RecursionError, struct.error)
+"""What a damaged pickle can raise, apart from RecordError (a ValueError)."""
+
+
 def check(condition: bool, what: str) -> None:
     """Raise RecordError("holds <what>") unless `condition`."""
     if not condition:
@@ -69,24 +73,22 @@ def type_name(item: Any) -> str:
     return f"{item.module}.{item.name}"[:200] if isinstance(item, ClassMark) else type(item).__name__
 
 
-def load(data: bytes, find: Find, mark: Callable[["PickleReader"], None] | None = None) -> Any:
+def load(data: bytes, find: Find) -> Any:
     """Read `data`, one whole pickle.
 
     Args:
         data: the pickle.
         find: what stands for a name.
-        mark: called instead of ``PickleReader.mark`` after the instruction MARK: it may do the work of a whole sequence
-            of instructions that it knows.
 
     Raises:
         RecordError: it is cut short, damaged, or asks for what is not allowed; says what and where.
     """
-    reader = PickleReader(data, find, mark=mark)
+    reader = PickleReader(data, find)
     try:
         result = reader.load()
     except RecordError:
         raise
-    except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RecursionError, struct.error) as error:
+    except DAMAGE as error:
         raise RecordError(f"is damaged at byte {reader.pos} of {len(data)} ({type(error).__name__})") from error
     if reader.pos != len(data):
         raise RecordError(f"goes on after its end, for {len(data) - reader.pos} bytes")
@@ -96,17 +98,17 @@ def load(data: bytes, find: Find, mark: Callable[["PickleReader"], None] | None 
 class PickleReader:
     """Reads one pickle after another: ``load`` leaves `pos` behind the pickle that it returns."""
 
-    __slots__ = ("data", "find", "instructions", "marks", "memo", "persistent", "pos", "stack")
+    __slots__ = ("data", "find", "marks", "memo", "persistent", "pos", "stack")
+    instructions: Mapping[int, Callable[[Any], Any]]
+    """Code to what it does to a reader; a subclass may have its own."""
 
     def __init__(
         self,
         data: bytes,
         find: Find,
         persistent: Callable[[Any], Any] | None = None,
-        mark: Callable[["PickleReader"], None] | None = None,
     ):
         self.data, self.find, self.persistent = data, find, persistent
-        self.instructions = _INSTRUCTIONS if mark is None else {**_INSTRUCTIONS, _MARK: mark}
         self.pos = 0
 
     def load(self) -> Any:
@@ -182,7 +184,7 @@ class PickleReader:
         target = self.stack[-1]
         check(type(target) is dict, f"items for a {type_name(target)}")
         for name, item in zip(items[::2], items[1::2], strict=True):
-            check(type(name) is str, f"a dict with a key of type {type_name(name)}")  # nested tuples hash for ever
+            check(isinstance(name, str), f"a dict with a key of type {type_name(name)}")  # nested tuples hash for ever
             target[name] = item
 
     def extend(self, items: list[Any]) -> None:
@@ -192,7 +194,7 @@ class PickleReader:
 
     def stack_global(self) -> None:
         name, module = self.stack.pop(), self.stack.pop()
-        check(type(name) is type(module) is str, "a class whose name is no text")
+        check(isinstance(name, str) and isinstance(module, str), "a class whose name is no text")
         self.stack.append(self.find(module, name))
 
     def new_object(self) -> None:
@@ -217,11 +219,11 @@ class PickleReader:
         self.stack.append(self.persistent(identifier))
 
 
-_STOP, _MARK, _MEMOIZE, _SHORT_TEXT = ord("."), ord("("), 0x94, 0x8C
+_STOP, _MEMOIZE, _SHORT_TEXT = ord("."), 0x94, 0x8C
 _UINT16, _UINT32, _UINT64 = (struct.Struct("<" + code) for code in "HIQ")
 _INT32, _FLOAT64 = struct.Struct("<i"), struct.Struct(">d")
 
-_INSTRUCTIONS: dict[int, Callable[[PickleReader], Any]] = {
+PickleReader.instructions = {
     ord(opcode): instruction
     for opcode, instruction in {
         "\x80": lambda r: r.take(1),  # PROTO

@@ -9,7 +9,7 @@ import pytest
 import torch
 from fairchem.core.datasets.atomic_data import AtomicData, atomicdata_list_to_batch
 
-from faenet_ocp import lmdb_records, loader
+from faenet_ocp import loader
 from faenet_ocp.bad_samples import BadSample
 from faenet_ocp.benchmark.data import data_paths, table
 from faenet_ocp.lmdb_dataset import OC20LmdbDataset
@@ -189,27 +189,6 @@ def test_the_order_of_stored_edges_does_not_matter(tmp_path: Path) -> None:
     for other in others:
         assert torch.equal(first.edge_index, other.edge_index)
         assert torch.equal(first.cell_offsets, other.cell_offsets)
-
-
-@pytest.mark.parametrize("layout", ["pyg1", "pyg2"])
-@pytest.mark.parametrize("protocol", [3, 4, 5])
-def test_whole_tensors_are_read_as_instruction_by_instruction(
-    monkeypatch: pytest.MonkeyPatch, layout: str, protocol: int
-) -> None:
-    fields = make_fields(1, layers=6)
-    shared = torch.arange(12.0)
-    extra = {"a": shared.view(3, 4).T, "b": shared[2:5], "c": shared, "d": shared, "e": torch.zeros(0, 3)}
-    value = dump_record(fields | extra, layout=layout, protocol=protocol)
-    used = []
-    whole = lmdb_records._read_tensor
-    monkeypatch.setattr(lmdb_records, "_read_tensor", lambda reader: used.append(whole(reader)) or used[-1])
-    quick = lmdb_records.decode_record(value)
-    assert sum(used) >= (8 if protocol >= 4 else 0)
-    monkeypatch.setattr(lmdb_records, "_read_tensor", lambda reader: False)
-    slow = lmdb_records.decode_record(value)
-    assert quick.keys() == slow.keys() >= fields.keys() | extra.keys()
-    for name, item in slow.items():
-        assert np.array_equal(quick[name], item) and type(quick[name]) is type(item), name
 
 
 # Loading

@@ -15,6 +15,7 @@ LAYERS = [
     "versions options elements references graph frames restricted_pickle lmdb_writer extxyz".split(),
     "download edge_kernels edge_lists".split(),
     "edge_sums rank_norm bad_samples local_ranks log_setup slurm_config slurm_start demo_emt".split(),
+    "record_objects record_templates record_tracing".split(),
     "checkpoint config demo_systems evaluation force_head lmdb_records loader message_passing transforms".split(),
     "compilation demo_files embedding lmdb_files loggers plots record_batch record_edges report sweep tasks".split(),
     "demo faenet lmdb_dataset packed_records prediction prepare_s2ef unit validation worker_pool".split(),

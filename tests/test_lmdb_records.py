@@ -18,7 +18,6 @@ import pytest
 import torch
 
 import small_data
-from faenet_ocp import lmdb_records
 from faenet_ocp.lmdb_records import RecordError, decode_count, decode_record
 
 
@@ -104,18 +103,6 @@ def test_results_cannot_be_written_to():
     read = decode_record(small_data.dump_record({"pos": torch.zeros(2, 3)}))
     with pytest.raises(ValueError, match="read-only"):
         read["pos"][0] = 1
-
-
-def test_streams_read_pickle_by_pickle_give_the_same(monkeypatch):
-    value = small_data.dump_record(small_data.make_fields(1))
-    quick = decode_record(value)
-    calls = []
-    slow = lmdb_records._read_stream
-    monkeypatch.setattr(lmdb_records, "_read_stream", lambda payload: calls.append(1) or slow(payload))
-    assert same(decode_record(value)["pos"], quick["pos"]) and not calls  # the usual streams did not need it
-    monkeypatch.setattr(lmdb_records, "_USUAL_STREAM", type("Never", (), {"match": staticmethod(lambda payload: None)}))
-    assert_same(decode_record(value), quick)
-    assert len(calls) == sum(isinstance(item, np.ndarray) for item in quick.values())
 
 
 @pytest.mark.parametrize(("value", "count"), [(0, 0), (33, 33), (10**7, 10**7), (np.int64(5), 5), (torch.tensor(4), 4)])
