@@ -22,6 +22,8 @@ from numba.extending import intrinsic, overload
 from numpy.typing import NDArray
 from torch import Tensor
 
+from faenet_ocp.machine_code import compiled
+
 _CHANNELS_OF_A_THREAD = 32  # at least, and a multiple: two threads never write to the same 64 bytes
 
 
@@ -55,13 +57,6 @@ def run(kernel: Callable[..., None], channels: int, *arguments: Any) -> None:
 def _pool(_process: int, size: int) -> ThreadPoolExecutor:
     """Threads of this process; a forked one has none of those of its parent."""
     return ThreadPoolExecutor(size)
-
-
-def _compiled(function: Callable[..., Any]) -> Any:
-    try:
-        return njit(nogil=True, error_model="numpy", cache=True)(function)
-    except RuntimeError:  # no folder to keep the code in
-        return njit(nogil=True, error_model="numpy")(function)
 
 
 def _reinterpreted(result: Any, value: Any, llvm_type: ir.Type) -> Any:
@@ -128,7 +123,7 @@ def _sigmoid(x: Any) -> Any:
     return _ONE / (_ONE + _bits_to_float((np.int32(n) + np.int32(127)) << np.int32(23)) * exp_r)
 
 
-@_compiled
+@compiled()
 def add_messages(
     m, kept, common, knots, nodes, values, source, target, shared, near, share, begin, start, stop, first, last
 ):
@@ -171,7 +166,7 @@ def add_messages(
             total[c] += linear[c] * _sigmoid(linear[c]) * v[c]
 
 
-@_compiled
+@compiled()
 def add_gradients(
     grad_common,
     grad_nodes,

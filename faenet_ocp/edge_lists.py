@@ -8,12 +8,10 @@ Shapes: B systems, N atoms and E edges of all of them together. Lists of edges c
 target in the numbering of their system, offsets (E, 3), and of each part its system and where it ends, (P,).
 """
 
-from collections.abc import Callable
-from typing import Any
-
-import numba
 import numpy as np
 from numba import types as nb
+
+from faenet_ocp.machine_code import compiled
 
 _INT, _INTS, _PAIRS = nb.int64, nb.int64[::1], nb.int64[:, ::1]
 _FLOAT, _FLOATS, _ROWS = nb.float64, nb.float64[::1], nb.float64[:, ::1]
@@ -26,22 +24,12 @@ _MAX_IMAGES = 1e4
 _FLATTEST = 1e-3
 
 
-def _compiled(signature: Any = None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        try:
-            return numba.njit(signature, cache=True, nogil=True)(function)
-        except (RuntimeError, OSError):  # there is no folder to keep it in
-            return numba.njit(signature, nogil=True)(function)
-
-    return decorate
-
-
-@_compiled()
+@compiled()
 def _is_whole(number):
     return abs(number) < 2.0**31 and number == np.rint(number)
 
 
-@_compiled()
+@compiled()
 def _length(pos, source, target, box, a, b, c):
     """As ``graph.edge_lengths``: the same operations in the same order."""
     x = pos[source, 0] - pos[target, 0] + a * box[0, 0] + b * box[1, 0] + c * box[2, 0]
@@ -50,7 +38,7 @@ def _length(pos, source, target, box, a, b, c):
     return np.sqrt(x * x + y * y + z * z)
 
 
-@_compiled()
+@compiled()
 def _is_before(first, second, key, sources, offsets):
     if key[first] != key[second]:
         return key[first] < key[second]
@@ -62,7 +50,7 @@ def _is_before(first, second, key, sources, offsets):
     return False
 
 
-@_compiled()
+@compiled()
 def _sort(order, scratch, key, sources, offsets):
     """Sort edges in place by merging; those that are in order, as in most files, are only looked at."""
     width, size = 1, len(order)
@@ -83,7 +71,7 @@ def _sort(order, scratch, key, sources, offsets):
         width *= 2
 
 
-@_compiled()
+@compiled()
 def _duals(cell):
     """Rows (3, 3) whose products with a vector are its coordinates in lattice vectors; infinite for a flat cell."""
     duals, volume, edges = np.empty((3, 3)), 0.0, 1.0
@@ -101,7 +89,7 @@ def _duals(cell):
     return duals
 
 
-@_compiled()
+@compiled()
 def _measure(index, offsets, systems, ends, first_atom, pos, cell, wanted, longest, length, centre, given, count):
     """Fill length (E,), centre (E,), the target in the batch, -1 for edges left out, given (N,) and count (N,)."""
     begin = 0
@@ -128,7 +116,7 @@ def _measure(index, offsets, systems, ends, first_atom, pos, cell, wanted, longe
     return GOOD
 
 
-@_compiled(
+@compiled(
     nb.Tuple((_INT, _INTS, _INTS, _INTS, _FLOATS))(
         _PAIRS, _ROWS, _INTS, _INTS, _INTS, _ROWS, _BOXES, _BOOLS, _FLOAT, _INT, _FLOAT, _FLOAT
     )
@@ -185,7 +173,7 @@ def nearest(
     return GOOD, order[:kept], count, given, reach
 
 
-@_compiled(nb.Tuple((_PAIRS, _ROWS, _INTS))(*[_PAIRS, _ROWS, _INTS, _INTS] * 2, _BOOLS, _INTS, _BOOLS))
+@compiled(nb.Tuple((_PAIRS, _ROWS, _INTS))(*[_PAIRS, _ROWS, _INTS, _INTS] * 2, _BOOLS, _INTS, _BOOLS))
 def gather(
     index, offsets, kept, count, whole_index, whole_offsets, whole_kept, whole_count, broken, first_atom, wanted
 ):
@@ -229,7 +217,7 @@ def gather(
     return found, shifts[:size], edges
 
 
-@_compiled(nb.Tuple((nb.boolean, _PAIRS, _ROWS))(_ROWS, _ROWS, _BOOLS, _FLOAT))
+@compiled(nb.Tuple((nb.boolean, _PAIRS, _ROWS))(_ROWS, _ROWS, _BOOLS, _FLOAT))
 def search(pos, cell, targets, radius):
     """All edges up to `radius` to some atoms of one system that is periodic in three directions, by trying them.
 

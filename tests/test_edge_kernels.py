@@ -216,9 +216,3 @@ def test_rounding_to_bfloat16_is_that_of_torch() -> None:
     kept = torch.empty(1, len(x), dtype=torch.bfloat16)
     _through_one_edge(x, kept)
     torch.testing.assert_close(kept[0], x.to(torch.bfloat16), rtol=0, atol=0, equal_nan=True)
-
-
-def test_without_a_folder_for_compiled_code_it_is_compiled_every_time() -> None:
-    namespace: dict[str, Any] = {}
-    exec("def twice(x):\n    return 2 * x", namespace)  # of no file
-    assert edge_kernels._compiled(namespace["twice"])(3) == 6

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "faenet_ocp"
 # Lower layers first; a file may import only from files listed before it.
 LAYERS = [
-    "versions options elements references graph frames restricted_pickle lmdb_writer extxyz".split(),
+    "versions options elements references graph frames restricted_pickle lmdb_writer extxyz machine_code".split(),
     "download edge_kernels edge_lists".split(),
     "edge_sums rank_norm bad_samples local_ranks log_setup slurm_config slurm_start demo_emt".split(),
     "record_objects record_templates record_tracing".split(),

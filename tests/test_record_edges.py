@@ -6,11 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numba
 import numpy as np
 import pytest
 import torch
-from numba.core import caching
 
 from faenet_ocp import edge_lists, record_edges
 from faenet_ocp.graph import ROUNDING, SHELL_TOLERANCE, edge_lengths, find_edges, limit_neighbors
@@ -243,13 +241,3 @@ OC20LmdbDataset(config)
 assert "faenet_ocp.edge_lists" in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(edge_lists.__file__).parents[1])
-
-
-def test_without_a_folder_for_its_cache_it_still_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    def increased(number: int) -> int:
-        return number + 1
-
-    monkeypatch.setattr(caching.CacheImpl, "_locator_classes", [])
-    with pytest.raises(RuntimeError, match="cannot cache"):
-        numba.njit(cache=True)(increased)
-    assert edge_lists._compiled(numba.int64(numba.int64))(increased)(2) == 3
