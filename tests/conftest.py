@@ -1,5 +1,6 @@
 """Shared fixtures: small data generated per session, and the OC20 sample where there is one."""
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import small_data  # noqa: E402
+
+# Forked processes leave alone what they inherit: to collect a process group of gloo that a test has left would wait for
+# ever, for threads that are not there.
+os.register_at_fork(after_in_child=gc.freeze)
 
 
 @pytest.fixture(scope="session")

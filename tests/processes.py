@@ -1,6 +1,5 @@
 """Small runs in processes of their own, on data whose systems have different numbers of atoms."""
 
-import gc
 import json
 import logging
 import multiprocessing
@@ -151,7 +150,6 @@ def _forked(
     arguments: list[str], log: Path, prepare: Callable[[], None] | None, rank: int, ranks: int, port: int
 ) -> None:
     os.setpgid(0, 0)
-    gc.freeze()  # what the tests' process has left is not for this one to tidy up
     stream = log.open("a", buffering=1)
     sys.stdout = sys.stderr = stream
     os.dup2(stream.fileno(), 2)

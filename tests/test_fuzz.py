@@ -5,7 +5,6 @@ audit hook that notices programs, connections and shell commands.
 """
 
 import copy
-import gc
 import multiprocessing
 import os
 import pickle
@@ -53,7 +52,6 @@ class _Runs:
 
 
 def _work(case: Callable[[random.Random], str], numbers: list[int], at: Any, queue: Any, folder: Path) -> None:
-    gc.freeze()  # a process group that other tests have left is not for this process to tidy up: it would wait for ever
     os.chdir(folder)
     torch.set_num_threads(1)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
