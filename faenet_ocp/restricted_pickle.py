@@ -102,12 +102,7 @@ class PickleReader:
     instructions: Mapping[int, Callable[[Any], Any]]
     """Code to what it does to a reader; a subclass may have its own."""
 
-    def __init__(
-        self,
-        data: bytes,
-        find: Find,
-        persistent: Callable[[Any], Any] | None = None,
-    ):
+    def __init__(self, data: bytes, find: Find, persistent: Callable[[Any], Any] | None = None):
         self.data, self.find, self.persistent = data, find, persistent
         self.pos = 0
 

@@ -4,6 +4,7 @@ import random
 import re
 import struct
 from collections.abc import Callable
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -17,7 +18,7 @@ from faenet_ocp import lmdb_records, record_objects, record_templates
 from faenet_ocp.lmdb_records import decode_count, decode_record
 from faenet_ocp.record_objects import fields_of, find
 from faenet_ocp.record_templates import Templates
-from faenet_ocp.record_tracing import trace
+from faenet_ocp.record_tracing import Part, trace
 from faenet_ocp.restricted_pickle import DAMAGE, RecordError, load
 
 
@@ -151,10 +152,16 @@ def test_usual_storages_are_read_like_others(monkeypatch: pytest.MonkeyPatch) ->
 # Damage
 
 
+@lru_cache
+def parts_of(value: bytes) -> list[Part]:
+    return trace(value)[0]
+
+
+@lru_cache
 def numbers_of(value: bytes) -> list[list[tuple[int, str]]]:
     """Where a record may differ, part by part: place and form; the elements of its storages are between the parts."""
     result, pos = [], 0
-    for part in trace(value)[0]:
+    for part in parts_of(value):
         items = struct.unpack_from(part.form, value, pos)
         places = []
         for form in re.findall(r"\d*[a-zA-Z]", part.form):
@@ -209,7 +216,7 @@ def coherent(value: bytes, rng: random.Random) -> bytes:
     parts = numbers_of(value)
     index = rng.randrange(len(parts) - 1)
     (length, _), (key, _), (declared, form), (again, _), (elements, _) = parts[index][-5:]
-    start, itemsize = elements + 8, trace(value)[0][index].itemsize
+    start, itemsize = elements + 8, parts_of(value)[index].itemsize
     (count,), (bytes_,) = struct.unpack_from("<q", value, elements), struct.unpack_from("<I", value, length)
     more = rng.choice((-count - 1, -count, -1, 1, 3, rng.randint(-count, 40)))
     new = bytearray(value)
