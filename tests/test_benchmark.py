@@ -189,7 +189,7 @@ def test_peers_run_and_are_drawn(tmp_path):
 
     names = {row["model"] for group in result["groups"] for row in group["rows"]}
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
-    assert names == {"SchNet (PyG)", "FAENet", "FAENet, bf16", "eSCN-MD, small (fairchem)"}
+    assert names == {"SchNet (PyG)", "SchNet (PyG), bf16", "FAENet", "FAENet, bf16", "eSCN-MD, small (fairchem)"}
 
 
 @pytest.mark.slow
