@@ -37,7 +37,8 @@ class _Lists:
         ends = np.cumsum([part.shape[1] for part in self.index])
         index, offsets = np.empty((2, ends[-1]), dtype=np.int64), np.empty((ends[-1], 3))
         np.concatenate(self.index, axis=1, out=index, casting="unsafe")
-        np.concatenate(self.offsets, out=offsets, casting="unsafe")
+        with np.errstate(invalid="ignore"):  # of some NaN numpy would say so here; `nearest` refuses all of them
+            np.concatenate(self.offsets, out=offsets, casting="unsafe")
         return index, offsets, np.array(self.systems), ends
 
 

@@ -211,6 +211,15 @@ def test_wrong_edges_are_named(name: str, value: float, message: str) -> None:
             make_batch(records, [""] * len(records), Reading({}, "stored", torch.float32, 4.0, 8))
 
 
+def test_nan_of_the_kind_that_signals_is_named_too() -> None:
+    """To convert it is an event of its own, which numpy would warn of."""
+    fields = system(5)
+    fields["cell_offsets"] = fields["cell_offsets"].astype(np.float32)
+    fields["cell_offsets"].view(np.uint32).flat[3] = 0x7F800001
+    with pytest.raises(RecordError, match=WHOLE):
+        make_batch([fields], [""], Reading({}, "stored", torch.float32, 4.0, 8))
+
+
 def test_offsets_of_far_images_are_left_out() -> None:
     reading = Reading({}, "stored", torch.float64, 4.0, 1000)
     one, other = system(2), _with("cell_offsets", 2.0**31 - 1)
