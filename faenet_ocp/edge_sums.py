@@ -52,8 +52,9 @@ class Remembered:
     """
 
     def __init__(self) -> None:
-        self._result: Tensor | None = None
+        self._result = torch.empty(0)
         self._parameters: list[Tensor] = []
+        self._given: Tensor | None = None
         self._circumstances: tuple[Any, ...] = ()
 
     def __call__(self, function: Callable[[], Tensor], *parameters: Tensor, given: Tensor | None = None) -> Tensor:
@@ -68,16 +69,13 @@ class Remembered:
             return function()
         kind = parameters[0].device, parameters[0].dtype
         precision = torch.is_autocast_enabled(kind[0].type) and torch.get_autocast_dtype(kind[0].type)
-        circumstances = (*kind, precision, None if given is None else id(given))
-        if self._result is None or circumstances != self._circumstances or not self._holds(parameters):
+        circumstances = (*kind, precision)
+        same = given is self._given and circumstances == self._circumstances
+        if not same or not all(torch.equal(a, b) for a, b in zip(parameters, self._parameters, strict=True)):
             self._result = function()
             self._parameters = [parameter.detach().clone() for parameter in parameters]
-            self._given = given  # alive: nothing else gets its identity
-            self._circumstances = circumstances
+            self._given, self._circumstances = given, circumstances
         return self._result
-
-    def _holds(self, parameters: Sequence[Tensor]) -> bool:
-        return all(torch.equal(a, b) for a, b in zip(parameters, self._parameters, strict=True))
 
 
 def cubic_interpolation(place: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,7 @@
 """Sums over edges in blocks: equal to the plain formula, with all derivatives; interpolation of the distance part."""
 
+import copy
+
 import pytest
 import torch
 from torch.nn.functional import silu
@@ -234,6 +236,19 @@ def test_knots_follow_the_weights(name, computed):
     with torch.no_grad():
         torch.testing.assert_close(after, energies(fresh, inputs), rtol=0, atol=0)
     assert len(computed) == (2 if name == "block" else 3)
+
+
+def test_a_copy_has_knots_of_its_own(computed):
+    """As of a model whose weights are averaged: the copy is right from the start, and after its weights change."""
+    parts, inputs = build(), make_inputs(slabs(2))
+    with torch.no_grad():
+        before = energies(parts, inputs)
+        copies = copy.deepcopy(parts)
+        assert torch.equal(energies(copies, inputs), before)
+        assert len(computed) == 1
+        copies[0].edge_embedding.lin_rbf.weight += 0.1
+        assert not torch.equal(energies(copies, inputs), before)
+        assert torch.equal(energies(parts, inputs), before)
 
 
 def test_knots_follow_autocast_and_training():
