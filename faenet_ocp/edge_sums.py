@@ -324,6 +324,9 @@ def _fused_messages(inputs: Inputs, keep: bool) -> tuple[Tensor, Tensor]:
     """As `_messages`."""
     e, weight, *_, shared = inputs
     channels = len(weight)
+    for index in (inputs.source, inputs.target):  # machine code would read, and write, whatever is there
+        if len(index) > 0 and not 0 <= int(index.min()) <= int(index.max()) < len(inputs.values):
+            raise IndexError(f"edge_index: edges of atoms outside 0 to {len(inputs.values) - 1}")
     m = torch.zeros_like(inputs.values)
     kept = e.new_empty(len(inputs.source) if keep else 0, channels)
     common = e.new_empty(min(len(e), EDGES_PER_BLOCK), channels)

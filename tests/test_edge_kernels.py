@@ -121,6 +121,15 @@ def test_double_precision_and_other_devices_are_left_to_torch() -> None:
     assert not edge_kernels.usable(inputs.e.to("meta"))
 
 
+@pytest.mark.parametrize("end", ["source", "target"])
+@pytest.mark.parametrize("atom", [-1, ATOMS])
+def test_edges_of_atoms_that_are_not_there_are_refused(end: str, atom: int) -> None:
+    inputs = random_inputs()
+    getattr(inputs, end)[5] = atom
+    with pytest.raises(IndexError, match=f"outside 0 to {ATOMS - 1}"):
+        sum_and_gradients(inputs)
+
+
 def test_no_edges() -> None:
     inputs = random_inputs(edges=0)
     assert all(not bool(tensor.any()) for tensor in sum_and_gradients(inputs))
