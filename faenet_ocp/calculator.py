@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from faenet_ocp import build
 from faenet_ocp.checkpoint import load_checkpoint, load_weights
-from faenet_ocp.config import Config, build_config, nearest
+from faenet_ocp.config import Config, build_config, nearest, without_removed
 from faenet_ocp.elements import MAX_ATOMIC_NUMBER, describe
 from faenet_ocp.embedding import NUM_TAGS, AtomEmbedding
 from faenet_ocp.frames import METHODS, compute_frames
@@ -90,7 +90,7 @@ class Predictor:
         precision: str | None = None,
         seed: int = 0,
     ):
-        self.config = config = _inference_config(build_config(state["config"]), frames, forces, precision)
+        self.config = config = _inference_config(build_config(without_removed(state["config"])), frames, forces, precision)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         with torch.random.fork_rng(devices=[]):  # the initial weights, replaced below, are drawn after seeding
             self.model = build.make_model(config)

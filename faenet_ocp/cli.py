@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from faenet_ocp.config import Config
     from faenet_ocp.trainer import FAENetTrainer
 
-_JOB_FLAGS = ("run_dir", "identifier", "seed", "num_gpus", "num_nodes", "cpu", "amp", "compile", "debug", "print_every")
+_JOB_FLAGS = ("run_dir", "identifier", "seed", "num_gpus", "num_nodes", "cpu", "amp", "debug", "print_every")
 _HARMLESS_KEYS = (
     r"logger\b|slurm\b|evaluation_metrics\.metrics\b|dataset\.test\b"
-    r"|job\.(run_dir|identifier|num_gpus|num_nodes|cpu|compile|debug|print_every)$"
+    r"|job\.(run_dir|identifier|num_gpus|num_nodes|cpu|debug|print_every)$"
     r"|optim\.(num_workers|worker_context|balance|eval_batch_size|checkpoint_every|keep_checkpoints|on_write_error)$"
 )
 """What a run may go on with and still end where it would have, but for rounding; all else changes the results."""
@@ -64,7 +64,6 @@ def make_parser() -> argparse.ArgumentParser:
     job.add_argument("--num-nodes", type=int, metavar="N")
     job.add_argument("--cpu", action="store_true", default=None, help="do not use a GPU")
     job.add_argument("--amp", action="store_true", default=None, help="bfloat16 autocast")
-    job.add_argument("--compile", action="store_true", default=None, help="torch.compile for FAENet's blocks")
     job.add_argument("--debug", action="store_true", default=None)
     job.add_argument("--print-every", type=int, metavar="N", help="steps between reports")
     add("--sweep-yml", metavar="YAML", help="grid of values, dotted keys with lists: one run for each combination")
@@ -215,12 +214,12 @@ def _merge(flags: argparse.Namespace, overrides: Sequence[str]) -> dict[str, Any
     from fairchem.core.common.utils import recursive_dict_merge
 
     from faenet_ocp.checkpoint import load_checkpoint
-    from faenet_ocp.config import find_config, load_yaml, parse_overrides
+    from faenet_ocp.config import find_config, load_yaml, parse_overrides, without_removed
 
     if flags.config is not None:
         raw = load_yaml(find_config(flags.config))
     elif flags.checkpoint is not None and flags.mode != "train":
-        raw = load_checkpoint(flags.checkpoint)["config"]
+        raw = without_removed(load_checkpoint(flags.checkpoint)["config"])
         raw["job"].pop("identifier", None)
     else:
         raise ValueError("--config: missing; e.g. --config configs/is2re/faenet.yml (--help lists the flags)")
@@ -264,8 +263,10 @@ def _write_configs(run: _Run, mode: str) -> None:
 
 def _write_config(path: Path, content: dict[str, Any]) -> None:
     """Writes the resolved configuration; where a run goes on, says which keys changed and which of them matter."""
+    from faenet_ocp.config import without_removed
+
     if path.is_file():
-        before, now = _flat(yaml.safe_load(path.read_text())), _flat(content)
+        before, now = _flat(without_removed(yaml.safe_load(path.read_text()))), _flat(content)
         for key in sorted(set(before) | set(now)):
             if before.get(key) != now.get(key):
                 matters = not re.match(_HARMLESS_KEYS, key)

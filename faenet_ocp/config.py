@@ -58,9 +58,7 @@ class SourceConfig(_Section):
 class DatasetConfig(_Section):
     """`dataset:` the data, one entry for each split.
 
-    A sample that cannot be read or used ends the run, or with `on_bad_sample: skip` is left out, counted, and listed in
-    `bad_samples.jsonl`: batches are smaller by it. More than `max_bad_share` of a split always end the run, and so does
-    one in a split that is to be predicted.
+    A sample that cannot be read or used ends the run; `--mode check` lists all of them.
     """
 
     name: str = "OC20"
@@ -69,8 +67,6 @@ class DatasetConfig(_Section):
     key_mapping: dict[str, str] = {}
     edges: Literal["stored", "recompute"] = "stored"
     transforms: dict[str, dict[str, Any] | Literal[False] | None] = {}
-    on_bad_sample: Literal["error", "skip"] = "error"
-    max_bad_share: float = Field(default=0.001, ge=0, lt=1)
     train: SourceConfig | None = None
     val: dict[str, SourceConfig] = {}
     test: dict[str, SourceConfig] = {}
@@ -174,11 +170,7 @@ class LoggerConfig(_Section):
 
 
 class JobConfig(_Section):
-    """`job:` the run itself; each key has a command line flag of the same name.
-
-    `compile` takes torch.compile for FAENet's interaction blocks, in training and evaluation; where it fails, a warning
-    says so and the run goes on without.
-    """
+    """`job:` the run itself; each key has a command line flag of the same name."""
 
     run_dir: str = "runs"
     identifier: str | None = None
@@ -187,7 +179,6 @@ class JobConfig(_Section):
     num_nodes: int = Field(default=1, ge=1)
     cpu: bool = False
     amp: bool = False
-    compile: bool = False
     precision: Literal["float32", "float64"] = "float32"
     debug: bool = False
     print_every: int = Field(default=10, ge=1)
@@ -357,6 +348,25 @@ def parse_value(text: str) -> Any:
         raise ValueError(f"{text[:100]!r}...: nested too deeply") from error
 
 
+_USE_CHECK = "a sample that cannot be used ends the run; --mode check lists all of them before"
+REMOVED = {
+    "dataset.on_bad_sample": _USE_CHECK,
+    "dataset.max_bad_share": _USE_CHECK,
+    "job.compile": "torch.compile gained nothing where it was measured; leave the key out",
+}
+"""Keys of earlier versions, and what to do instead."""
+
+
+def without_removed(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration that an earlier version wrote (into a checkpoint or a run's folder), without `REMOVED` keys."""
+    return {
+        section: {key: value for key, value in content.items() if f"{section}.{key}" not in REMOVED}
+        if isinstance(content, Mapping)
+        else content
+        for section, content in raw.items()
+    }
+
+
 def build_config(raw: Mapping[str, Any]) -> Config:
     """Validates a merged mapping.
 
@@ -384,6 +394,8 @@ def _explain(problem: Mapping[str, Any]) -> str:
         keys = [*keys[: -1 if keys[-1:] == location[-1:] else None], location[-1]]  # whatever the user has called it
     path = ".".join(keys)
     if problem["type"] == "extra_forbidden":
+        if path in REMOVED:
+            return f"{path}: is no key any more: {REMOVED[path]}"
         allowed = _allowed_keys(keys[:-1])
         return f"{path}: unknown key{nearest(keys[-1], allowed) if allowed else ''}"
     if problem["type"] == "missing":

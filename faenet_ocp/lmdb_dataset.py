@@ -182,29 +182,27 @@ class OC20LmdbDataset(BaseDataset[AtomicData]):
             metadata = {"natoms": np.load(cache, allow_pickle=False)}
         return metadata
 
-    def natoms(self, *, bad: int | None = None) -> NDArray[np.int64]:
-        """Return the number of atoms of each sample before transforms (len(self),), `bad` for one that cannot be read.
+    def natoms(self) -> NDArray[np.int64]:
+        """Return the number of atoms of each sample before transforms (len(self),).
 
         From metadata.npz beside the files if there is one; else all records are read once, with a progress bar, and the
         result is kept in `cache_dir`.
 
         Raises:
-            RecordError: a record cannot be read, and `bad` is not given.
+            RecordError: a record cannot be read.
         """
         if "natoms" not in self._metadata:
-            self._metadata["natoms"] = self._collect_natoms(bad)
+            self._metadata["natoms"] = self._collect_natoms()
         return self._metadata["natoms"]
 
-    def _collect_natoms(self, bad: int | None) -> NDArray[np.int64]:
+    def _collect_natoms(self) -> NDArray[np.int64]:
         natoms = np.empty(self.num_samples, dtype=np.int64)
         for index in tqdm(range(self.num_samples), desc="sizes of the systems", unit="system", mininterval=1.0):
             file, position = self._locate(index)
             try:
                 natoms[index] = len(array_of(self._decode(file.read(position)), "pos", (None, 3)))
             except RecordError as error:
-                if bad is None:
-                    raise RecordError(f"{file.path}: record {file.numbers[position]} {error}") from error
-                natoms[index] = bad
+                raise RecordError(f"{file.path}: record {file.numbers[position]} {error}") from error
         if self._size_cache is not None:
             self._size_cache.parent.mkdir(parents=True, exist_ok=True)
             partial = self._size_cache.with_suffix(f".{os.getpid()}.npy")

@@ -2,7 +2,7 @@
 
 Layouts: PyG 1.x stores the attribute dict as the state of ``Data``; PyG 2.x stores a ``GlobalStorage`` with a
 ``_mapping`` in it. What a record may name is in ``record_objects``; reading instruction by instruction is
-``restricted_pickle``. Most records are read without that, by comparison with an earlier one (``record_templates``).
+``restricted_pickle``.
 """
 
 from typing import Any
@@ -10,12 +10,9 @@ from typing import Any
 import numpy as np
 
 from faenet_ocp.record_objects import fields_of, find
-from faenet_ocp.record_templates import Templates
 from faenet_ocp.restricted_pickle import RecordError, load, type_name
 
 __all__ = ["RecordError", "decode_count", "decode_record"]
-
-_TEMPLATES = Templates()  # of this process: a cache, without influence on any result
 
 
 def decode_record(value: bytes) -> dict[str, Any]:
@@ -32,11 +29,7 @@ def decode_record(value: bytes) -> dict[str, Any]:
         RecordError: `value` is cut short, damaged, not a ``Data``, or names a class or function that no OC20 record
             needs; nothing it names has been run or imported.
     """
-    fields = _TEMPLATES.read(value)
-    if fields is None:
-        fields = fields_of(load(value, find))
-        _TEMPLATES.learn(value)
-    return fields
+    return fields_of(load(value, find))
 
 
 def decode_count(value: bytes) -> int:

@@ -8,7 +8,7 @@ ranks, and so is each of its micro-batches; ranks share them as evenly as possib
 import gc
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from functools import partial
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from faenet_ocp.bad_samples import BadSample, Key, Tolerant
+Key = tuple[int, int]
+"""(epoch, index): what a dataset is asked for; the epoch decides its random transforms."""
 
 
 def even_slice(total: int, parts: int, part: int) -> slice:
@@ -122,25 +123,14 @@ class EvalBatchSampler(Sampler[list[Key]]):
             yield [(0, int(index)) for index in self.indices[start : start + self.batch_size]]
 
 
-class Batches(list[Any]):
-    """The micro-batches (AtomicData) of one step on one rank; None where all samples of one are bad.
-
-    Attributes:
-        bad: samples that cannot be used.
-        kept: places of the others among the samples asked for.
-    """
-
-    bad: list[BadSample]
-    kept: list[int]
+class Batches(list[AtomicData]):
+    """The micro-batches of one step on one rank."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled with one tensor in place of all: a process takes a third of a millisecond to hand one over."""
         size, places = 0, []
-        states: list[dict[str, Any] | None] = []
+        states: list[dict[str, Any]] = []
         for batch in self:
-            if batch is None:
-                states.append(None)
-                continue
             states.append(state := dict(batch.__dict__))
             for name, value in batch.__dict__.items():
                 if isinstance(value, Tensor):
@@ -150,13 +140,12 @@ class Batches(list[Any]):
         memory = torch.empty(size, dtype=torch.uint8)
         for place, value in places:
             place.of(memory).copy_(value)
-        return _unpickle_batches, (memory, states, self.bad, self.kept)
+        return _unpickle_batches, (memory, states)
 
     def pin_memory(self) -> Self:
         """Called by the loader: tensors in page-locked memory, from where a GPU copies while it works."""
         for batch in self:
-            if batch is not None:
-                batch.apply(Tensor.pin_memory)
+            batch.apply(Tensor.pin_memory)
         return self
 
 
@@ -175,29 +164,34 @@ class _Place(NamedTuple):
         return memory[self.start : self.start + self.length].view(self.dtype).view(self.shape)
 
 
-def _unpickle_batches(
-    memory: Tensor, states: list[dict[str, Any] | None], bad: list[BadSample], kept: list[int]
-) -> Batches:
+def _unpickle_batches(memory: Tensor, states: list[dict[str, Any]]) -> Batches:
     batches = Batches()
-    batches.bad, batches.kept = bad, kept
     for state in states:
-        batch = None if state is None else AtomicData.__new__(AtomicData)
-        if state is not None:
-            batch.__dict__ |= {n: v.of(memory) if isinstance(v, _Place) else v for n, v in state.items()}
+        batch = AtomicData.__new__(AtomicData)
+        batch.__dict__ |= {n: v.of(memory) if isinstance(v, _Place) else v for n, v in state.items()}
         batches.append(batch)
     return batches
 
 
-def collate(samples: Sequence[AtomicData | BadSample], num_chunks: int = 1) -> Batches:
+def collate(samples: Sequence[AtomicData], num_chunks: int = 1) -> Batches:
     """Samples to `num_chunks` batches (micro-batches of one optimiser step)."""
-    return _batches(samples, num_chunks, lambda part: (_join(part), part))
+    chunks = (samples[even_slice(len(samples), num_chunks, chunk)] for chunk in range(num_chunks))
+    return Batches(atomicdata_list_to_batch(chunk) for chunk in chunks)
+
+
+class BadSample(NamedTuple):
+    """What a worker sends in place of a batch with a sample that cannot be used: the message of the error.
+
+    An error itself would arrive in the training process with the worker's traceback as its text.
+    """
+
+    reason: str
 
 
 class BatchSource(Dataset):
     """What a loader takes `Batches` from: keys in, batches out.
 
-    A data set with a method ``load_batch(keys)`` makes a batch as a whole; the samples of others, and of a batch in
-    which that fails, are read one by one, and those that cannot be used become a `BadSample`.
+    A data set with a method ``load_batch(keys)`` makes a batch as a whole; the samples of others are read one by one.
     """
 
     def __init__(self, dataset: Dataset, num_chunks: int = 1):
@@ -206,52 +200,34 @@ class BatchSource(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]
 
-    def __getitems__(self, keys: Sequence[Key]) -> Batches:
+    def __getitems__(self, keys: Sequence[Key]) -> Batches | BadSample:
         """Called by torch's DataLoader with the keys of a batch."""
-        return _batches(keys, self.num_chunks, self._load)
+        chunks = (keys[even_slice(len(keys), self.num_chunks, chunk)] for chunk in range(self.num_chunks))
+        try:
+            return Batches(self._load(chunk) for chunk in chunks)
+        except ValueError as error:
+            return BadSample(str(error))
 
-    def _load(self, keys: Sequence[Key]) -> tuple[AtomicData | None, Sequence[Any]]:
+    def _load(self, keys: Sequence[Key]) -> AtomicData:
         load_batch = getattr(self.dataset, "load_batch", None)
-        if load_batch is not None and keys:
-            with suppress(ValueError):  # which sample it is, and why, is found below
-                return load_batch(keys), keys
-        samples = [Tolerant(self.dataset)[key] for key in keys]
-        return _join(samples), samples
+        if load_batch is None:
+            return atomicdata_list_to_batch([self.dataset[key] for key in keys])
+        try:
+            return load_batch(keys)
+        except ValueError:
+            for key in keys:  # one by one, to say which it is
+                self.dataset[key]
+            raise
 
 
-def _batches(items: Sequence[Any], num_chunks: int, load: Callable[[Sequence[Any]], Any]) -> Batches:
-    """`load` gives the batch of some items, and in their places what is there, perhaps a `BadSample`."""
-    batches, found = Batches(), []
-    for chunk in range(num_chunks):
-        batch, part = load(items[even_slice(len(items), num_chunks, chunk)])
-        batches.append(batch)
-        found += part
-    batches.bad = [sample for sample in found if isinstance(sample, BadSample)]
-    batches.kept = [place for place, sample in enumerate(found) if not isinstance(sample, BadSample)]
-    return batches
+class Loader(DataLoader):
+    """A DataLoader of `Batches` that ends with a ValueError at a sample that cannot be used."""
 
-
-def _join(samples: Sequence[AtomicData | BadSample]) -> AtomicData | None:
-    good = [sample for sample in samples if not isinstance(sample, BadSample)]
-    return atomicdata_list_to_batch(good) if good else None
-
-
-def empty_batch(dataset: Dataset) -> AtomicData:
-    """A batch without systems, for a rank that has none in some step but has to take part in it.
-
-    Raises:
-        ValueError: there is no sample to take the fields from.
-    """
-    for index in range(len(dataset)):  # type: ignore[arg-type]
-        sample = Tolerant(dataset)[0, index]
-        if not isinstance(sample, BadSample):
-            batch = atomicdata_list_to_batch([sample])
-            for name, value in list(batch):
-                if isinstance(value, Tensor):
-                    batch[name] = value[:, :0] if name == "edge_index" else value[:0]
-            batch.sid, batch.batch = [], batch.batch[:0]
-            return batch
-    raise ValueError("no sample of the training set can be used")
+    def __iter__(self) -> Iterator[Any]:
+        for batches in super().__iter__():
+            if isinstance(batches, BadSample):
+                raise ValueError(batches.reason)
+            yield batches
 
 
 def make_loader(
@@ -264,11 +240,11 @@ def make_loader(
     context: str = "fork",
     pin_memory: bool = False,
     convert: Callable[[Batches], Any] | None = None,
-) -> DataLoader:
+) -> Loader:
     """A loader of `Batches`.
 
     Args:
-        dataset: may raise ValueErrors; they arrive as `Batches.bad`.
+        dataset: see `BatchSource`.
         batch_sampler: lists of keys.
         num_workers: processes that load; 0: this one.
         num_chunks: micro-batches of each.
@@ -278,10 +254,10 @@ def make_loader(
         pin_memory: for training on a GPU.
         convert: what is wanted of each `Batches`, made where it is loaded; default: these themselves.
     """
-    return DataLoader(
+    return Loader(
         BatchSource(dataset, num_chunks),
         batch_sampler=batch_sampler,
-        collate_fn=_as_they_are if convert is None else convert,  # type: ignore[arg-type]  # a batch is no list here
+        collate_fn=partial(_converted, convert),
         num_workers=num_workers,
         persistent_workers=persistent and num_workers > 0,
         multiprocessing_context=context if num_workers > 0 else None,
@@ -290,8 +266,8 @@ def make_loader(
     )
 
 
-def _as_they_are(batches: Batches) -> Batches:
-    return batches
+def _converted(convert: Callable[[Batches], Any] | None, batches: Batches | BadSample) -> Any:
+    return batches if convert is None or isinstance(batches, BadSample) else convert(batches)
 
 
 def _begin_worker(_worker: int) -> None:

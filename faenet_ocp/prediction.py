@@ -28,8 +28,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
-from faenet_ocp.bad_samples import BadSamples, Key
-from faenet_ocp.loader import Batches, EvalBatchSampler
+from faenet_ocp.loader import Batches, EvalBatchSampler, Key
 from faenet_ocp.tasks import conservative_outputs, to_physical
 
 _LARGEST_PART = 2_000
@@ -80,12 +79,10 @@ def predict_split(
     hidden = None if distutils.is_master() else True
     samplers = [EvalBatchSampler(indices, batch_size) for _, indices in mine]
     batches = iter(make_loader(_InTurn(samplers)))
-    # A file without one of its systems would be of no use: a bad sample is always an error.
-    bad_samples = BadSamples(path.stem, total)
     with tqdm(total=sum(len(r) for _, r in mine), desc=path.stem, unit="system", leave=False, disable=hidden) as bar:
         for (part, _), sampler in zip(mine, samplers, strict=True):
             its = islice(batches, len(sampler))
-            arrays = _predict(model, tasks, its, bar, bad_samples, amp=amp, conservative=conservative)
+            arrays = _predict(model, tasks, its, bar, amp=amp, conservative=conservative)
             _check_finite(arrays, path.stem)
             _write(part, arrays)
     distutils.synchronize()
@@ -115,7 +112,6 @@ def _predict(
     tasks: Sequence[Task],
     loader: Iterable[Batches],
     bar: tqdm,
-    bad_samples: BadSamples,
     *,
     amp: bool,
     conservative: bool,
@@ -126,7 +122,6 @@ def _predict(
     rows: dict[str, list[np.ndarray]] = {name: [] for name in names}
     model.eval()
     for batches in loader:
-        bad_samples.note(batches.bad)
         for batch in batches:
             batch = batch.to(device)
             with torch.autocast(device_type=device.type, dtype=torch.bfloat16, enabled=amp):

@@ -23,9 +23,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from faenet_ocp import build
-from faenet_ocp.bad_samples import BadSamples
 from faenet_ocp.checkpoint import load_checkpoint, load_weights
-from faenet_ocp.compilation import compile_model
 from faenet_ocp.config import Config, SourceConfig, build_config, nearest
 from faenet_ocp.evaluation import UNITS, RunInfo, build_results, write_json, write_text
 from faenet_ocp.loader import EvalBatchSampler, make_loader
@@ -197,8 +195,6 @@ class OCPRunner(Runner):
         """
         model = build.make_model(self.config)
         load_weights(model, state)
-        if self.config.job.compile:
-            compile_model(model)
         tasks = make_tasks(self.config.model_copy(update={"outputs": {}}), None)
         load_tasks_state(tasks, state["tasks"])
         return model.to(distutils.get_device_for_local_rank()), tasks
@@ -253,17 +249,6 @@ class OCPRunner(Runner):
             fit=fit,
             amp=self.config.job.amp,
             conservative=self._conservative,
-            bad_samples=self.bad_samples(split, len(dataset)),  # type: ignore[arg-type]
-        )
-
-    def bad_samples(self, split: str, total: int) -> BadSamples:
-        """What to do with the samples of a split that cannot be used."""
-        dataset = self.config.dataset
-        return BadSamples(
-            split,
-            total,
-            max_share=dataset.max_bad_share if dataset.on_bad_sample == "skip" else None,
-            path=self.folder / "bad_samples.jsonl",
         )
 
     def predict(self, model: nn.Module, tasks: list[Any]) -> None:
@@ -274,7 +259,7 @@ class OCPRunner(Runner):
         """
         optim, world = self.config.optim, distutils.get_world_size()
         settings = self.config.model_dump_json(
-            exclude={"slurm": True, "job": {"num_gpus", "num_nodes", "cpu", "compile", "run_dir", "identifier"}}
+            exclude={"slurm": True, "job": {"num_gpus", "num_nodes", "cpu", "run_dir", "identifier"}}
         )
         digest = hashlib.sha256(Path(str(self.checkpoint)).read_bytes() + settings.encode()).hexdigest()
         for split, source in (self.config.dataset.test or self.config.dataset.val).items():

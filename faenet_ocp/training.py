@@ -12,14 +12,12 @@ import torch
 import torch.distributed as dist
 from fairchem.core.common import distutils
 from numpy.typing import NDArray
-from torch import nn
 from torch.utils.data import Dataset, Sampler
 from torchtnt.framework import State, train
 from torchtnt.framework.callback import Callback
 from tqdm import tqdm
 
 from faenet_ocp import build
-from faenet_ocp.bad_samples import BadSample, Key
 from faenet_ocp.checkpoint import (
     load_checkpoint,
     load_newest,
@@ -29,12 +27,11 @@ from faenet_ocp.checkpoint import (
     save_step,
     step_checkpoints,
 )
-from faenet_ocp.compilation import compile_model
 from faenet_ocp.config import SourceConfig
 from faenet_ocp.evaluation import write_json
-from faenet_ocp.loader import Batches, TrainBatchSampler, empty_batch, even_slice, make_loader
+from faenet_ocp.loader import Batches, Key, TrainBatchSampler, even_slice, make_loader
 from faenet_ocp.loggers import MetricLogger
-from faenet_ocp.references import NUM_ELEMENTS, CompositionFit, CompositionRegression
+from faenet_ocp.references import CompositionFit, CompositionRegression
 from faenet_ocp.tasks import SummedLoss, load_tasks_state, make_tasks, needs_fit, tasks_state
 from faenet_ocp.unit import OCPTrainUnit
 
@@ -94,11 +91,7 @@ class TrainingRun:
             amp=config.job.amp,
             print_every=config.job.print_every,
             failures=self.folder / "failures",
-            bad_samples=self.runner.bad_samples("train", len(dataset)),  # type: ignore[arg-type]
-            make_empty=lambda: empty_batch(dataset),
         )
-        if config.job.compile:  # what is trained, and the average of its weights that is evaluated
-            compile_model(nn.ModuleList([self.unit.raw_model, self.unit.eval_model]))
         self._resume()
         if distutils.is_master():
             self.logger = self.unit.metric_logger = MetricLogger(
@@ -285,21 +278,15 @@ class TrainingRun:
             context=optim.worker_context,
             convert=_labels_only,
         )
-        regression, num_bad = CompositionRegression(), 0
-        bad_samples = self.runner.bad_samples("train", total)
+        regression = CompositionRegression()
         hidden = None if distutils.is_master() else True
         bar = tqdm(loader, desc="label statistics", unit="batch", leave=False, disable=hidden)
-        for composition, energy, bad in bar:
-            bad_samples.note(bad)
-            num_bad += len(bad)
+        for composition, energy in bar:
             regression.update(composition, energy)
         if distutils.get_world_size() > 1:
-            shape = regression.sums.shape
-            sums = torch.cat([regression.sums.flatten(), torch.tensor([num_bad], dtype=torch.float64)])
-            sums = sums.to(distutils.get_device_for_local_rank())
+            sums = regression.sums.to(distutils.get_device_for_local_rank())
             dist.all_reduce(sums)
-            regression.sums, num_bad = sums[:-1].view(shape).cpu(), int(sums[-1])
-        bad_samples.add(num_bad)
+            regression.sums = sums.cpu()
         return regression
 
     def _sizes(self, dataset: Dataset) -> NDArray[np.integer]:
@@ -307,10 +294,9 @@ class TrainingRun:
         natoms = getattr(dataset, "natoms", None)
         if natoms is None:
             raise ValueError("optim.balance: atoms: the data set does not know its sizes (it has no method natoms)")
-        options = {"bad": 0} if self.config.dataset.on_bad_sample == "skip" else {}
         for first in (True, False):
             if distutils.is_master() == first:
-                sizes = natoms(**options)
+                sizes = natoms()
             distutils.synchronize()
         return sizes
 
@@ -369,8 +355,6 @@ class _Listed(Sampler[list[Key]]):
         return len(self.batches)
 
 
-def _labels_only(batches: Batches) -> tuple[torch.Tensor, torch.Tensor, list[BadSample]]:
+def _labels_only(batches: Batches) -> tuple[torch.Tensor, torch.Tensor]:
     (batch,) = batches
-    if batch is None:
-        return torch.empty(0, NUM_ELEMENTS), torch.empty(0), batches.bad
-    return batch.composition, batch.energy, batches.bad
+    return batch.composition, batch.energy

@@ -24,7 +24,6 @@ from torch.optim.swa_utils import AveragedModel
 from torchtnt.framework import State
 from tqdm import tqdm
 
-from faenet_ocp.bad_samples import BadSamples
 from faenet_ocp.config import OptimConfig
 from faenet_ocp.loader import Batches
 from faenet_ocp.loggers import MetricLogger
@@ -92,8 +91,6 @@ class OCPTrainUnit(MLIPTrainEvalUnit):
         amp: bfloat16 autocast in the forward pass.
         print_every: steps between reports.
         failures: folder for what is needed to look into a step whose gradient is not finite.
-        bad_samples: counts samples that cannot be used, over all ranks, anew in each epoch.
-        make_empty: a batch without systems: all ranks take part in every micro-batch.
 
     Attributes:
         stop_requested: set it (on any rank) to have all ranks stop after the same step.
@@ -113,8 +110,6 @@ class OCPTrainUnit(MLIPTrainEvalUnit):
         amp: bool,
         print_every: int,
         failures: Path,
-        bad_samples: BadSamples,
-        make_empty: Callable[[], AtomicData],
     ):
         total = optim.max_epochs * steps_per_epoch
         self.total_steps = min(total, optim.max_steps) if optim.max_steps else total
@@ -139,7 +134,6 @@ class OCPTrainUnit(MLIPTrainEvalUnit):
         self.steps_per_epoch = steps_per_epoch
         self.failures = failures
         self.num_skipped, self.max_skipped = 0, optim.skip_nonfinite
-        self.bad_samples, self._make_empty = bad_samples, make_empty
         self.stop_requested = self.stopping = False
         # Counts and stop requests are known on the CPU: no need to wait for the GPU to share them.
         self.cpu_group = dist.new_group(backend="gloo") if distutils.get_world_size() > 1 else None
@@ -161,12 +155,8 @@ class OCPTrainUnit(MLIPTrainEvalUnit):
         """Forward, backward and optimiser step over the micro-batches of this rank."""
         self._note_data_wait(state)
         device = distutils.get_device_for_local_rank()
-        self.bad_samples.note(data.bad)
-        filled = [self._make_empty() if batch is None else batch for batch in data]
-        counts, num_systems = self._global_counts(filled, len(data.bad))
-        counts = counts.to(device)
-        # Without a single system on any rank nothing is done: parameters without gradients stay as they are.
-        batches = [batch.to(device, non_blocking=True) for batch in filled] if num_systems else []
+        counts = self._share(self._counts(data)).to(device)
+        batches = [batch.to(device, non_blocking=True) for batch in data]
         self.optimizer.zero_grad(set_to_none=True)
         losses = torch.zeros(len(self.loss_names), device=device, dtype=torch.float64)
         for number, batch in enumerate(batches):
@@ -215,27 +205,25 @@ class OCPTrainUnit(MLIPTrainEvalUnit):
     def _active(self, loss: SummedLoss) -> bool:
         return self.train_progress.num_epochs_completed >= loss.start_epoch
 
-    def _global_counts(self, batches: Sequence[AtomicData], num_bad: int) -> tuple[Tensor, int]:
-        """Terms that each loss is a mean over, (number of losses,), and systems, in all micro-batches of all ranks."""
+    def _counts(self, batches: Sequence[AtomicData]) -> Tensor:
+        """Terms that each loss is a mean over in the micro-batches of this rank, (number of losses,)."""
         terms = [(task, task.loss_fn) for task in self.tasks]
         if self.gradient_loss is not None:
             terms.append((self._force_task, self.gradient_loss))
-        counts = torch.stack(
+        return torch.stack(
             [
                 torch.stack([loss.num_terms(batch[task.name], loss_mask(task, batch)) for batch in batches]).sum()
                 for task, loss in terms
             ]
         ).to(torch.float64)
-        systems = sum(len(batch.natoms) for batch in batches)
-        shared = torch.cat([counts, counts.new_tensor([systems, num_bad, self.stop_requested])])
+
+    def _share(self, counts: Tensor) -> Tensor:
+        """Counts of all ranks together, at least 1 each; and whether any rank is asked to stop, in `stopping`."""
+        shared = torch.cat([counts, counts.new_tensor([self.stop_requested])])
         if self.cpu_group is not None:
             dist.all_reduce(shared, group=self.cpu_group)
-        num_systems, num_bad, stopping = (int(value) for value in shared[-3:])
-        self.stopping = stopping > 0
-        if self.train_progress.num_steps_completed_in_epoch == 0:
-            self.bad_samples.count = 0
-        self.bad_samples.add(num_bad)
-        return shared[:-3].clamp(min=1), num_systems
+        self.stopping = bool(shared[-1])
+        return shared[:-1].clamp(min=1)
 
     def _clip(self) -> Tensor:
         """Norm of the gradient over all ranks (the same on each), before clipping."""
@@ -339,7 +327,6 @@ class OCPTrainUnit(MLIPTrainEvalUnit):
             "scheduler": self.scheduler.state_dict(),
             "progress": self.train_progress.state_dict(),
             "num_skipped": self.num_skipped,
-            "num_bad_samples": self.bad_samples.count,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -351,7 +338,6 @@ class OCPTrainUnit(MLIPTrainEvalUnit):
         self.scheduler.load_state_dict(state["scheduler"])
         self.train_progress.load_state_dict(state["progress"])
         self.num_skipped = state["num_skipped"]
-        self.bad_samples.count = state.get("num_bad_samples", 0)
 
 
 def _warming_ema(decay: float) -> Callable[[_Tensors, _Tensors, Tensor | int], None]:

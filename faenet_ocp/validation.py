@@ -1,6 +1,5 @@
 """Runs a model over splits: metrics, baselines, predictions and throughput, exact on any number of ranks."""
 
-import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,7 +15,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from faenet_ocp.bad_samples import BadSamples
 from faenet_ocp.evaluation import BaselineMetrics, EnergyMetrics, ForceMetrics
 from faenet_ocp.references import CompositionFit
 from faenet_ocp.tasks import conservative_outputs, to_physical
@@ -35,7 +33,6 @@ class SplitOutcome:
         predictions: on the first rank, in the order of the data set: `ids` (str), `energy` (eV), `energy_target`.
         forces: pairs of predicted and labelled forces (M, 3) of the first free atoms, for a plot; empty without forces.
         num_systems: over all ranks.
-        num_bad_samples: left out because they could not be used, over all ranks.
         forward_seconds: in the model's forward pass, the slowest rank's; without the first batch where there are more.
         forward_systems: systems that `forward_seconds` stands for, over all ranks.
         seconds: wall time with loading.
@@ -46,7 +43,6 @@ class SplitOutcome:
     predictions: dict[str, np.ndarray] = field(default_factory=dict)
     forces: tuple[np.ndarray, np.ndarray] | None = None
     num_systems: int = 0
-    num_bad_samples: int = 0
     forward_seconds: float = 0.0
     forward_systems: int = 0
     seconds: float = 0.0
@@ -63,7 +59,6 @@ def run_split(
     fit: CompositionFit | None = None,
     amp: bool = False,
     conservative: bool = False,
-    bad_samples: BadSamples | None = None,
 ) -> SplitOutcome:
     """Predicts every system of a split once.
 
@@ -76,26 +71,19 @@ def run_split(
         fit: statistics of the training set, for the baselines.
         amp: bfloat16 autocast.
         conservative: forces are -dE/dX instead of the predicted ones.
-        bad_samples: what to do with samples that cannot be used (default: an error).
 
     Raises:
-        ValueError: no systems, too many bad samples, or predictions or labels that are not finite.
+        ValueError: no systems, a sample that cannot be used, or predictions or labels that are not finite.
     """
     device = torch.device(distutils.get_device_for_local_rank())
     collected = _Collector(tasks, labelled, fit)
-    bad_samples = bad_samples or BadSamples(split, 0)
     training = model.training
     model.eval()
     start = time.perf_counter()
     try:
         bar = tqdm(loader, desc=split, unit="batch", leave=False, disable=None if distutils.is_master() else True)
         for batches in bar:
-            bad = getattr(batches, "bad", [])
-            bad_samples.note(bad)
-            collected.leave_out(batches)
             for batch in batches:
-                if batch is None:
-                    continue
                 batch = batch.to(device)
                 _synchronize(device)
                 before = time.perf_counter()
@@ -105,11 +93,7 @@ def run_split(
                 collected.add(batch, to_physical(tasks, outputs, batch), time.perf_counter() - before)
     finally:
         model.train(training)
-    outcome = collected.outcome(split, time.perf_counter() - start)
-    bad_samples.add(outcome.num_bad_samples)
-    if outcome.num_bad_samples and distutils.is_master():
-        logging.warning("%s: %d samples could not be used and were left out", split, outcome.num_bad_samples)
-    return outcome
+    return collected.outcome(split, time.perf_counter() - start)
 
 
 class _Collector:
@@ -126,15 +110,6 @@ class _Collector:
         self.plotted: list[tuple[Tensor, Tensor]] = []
         self.num_plotted = 0
         self.num_frames = 0
-        self.places: list[np.ndarray] = []
-        self.num_seen = self.num_bad = 0
-
-    def leave_out(self, batches: Sequence[AtomicData | None]) -> None:
-        """Notes which of the samples asked for the next batches hold: their places in this rank's share."""
-        bad = len(getattr(batches, "bad", ()))
-        count = bad + sum(len(batch.natoms) for batch in batches if batch is not None)
-        self.places.append(self.num_seen + np.array(getattr(batches, "kept", range(count)), dtype=np.int64))
-        self.num_seen, self.num_bad = self.num_seen + count, self.num_bad + bad
 
     def add(self, batch: AtomicData, predictions: dict[str, Tensor], seconds: float) -> None:
         energy = predictions["energy"].double().cpu()
@@ -166,13 +141,12 @@ class _Collector:
             if collector is not None and self.labelled:
                 collector.sums = _reduce(collector.sums, "sum")
         counted = self.forward[1:] if len(self.forward) > 1 else self.forward
-        sums = [sum(n for _, n in self.forward), sum(n for _, n in counted), self.num_frames, self.num_bad]
+        sums = [sum(n for _, n in self.forward), sum(n for _, n in counted), self.num_frames]
         totals = _reduce(torch.tensor(sums).double(), "sum")
         times = _reduce(torch.tensor([sum(s for s, _ in counted), seconds]).double(), "max")
         result = SplitOutcome(
-            predictions=_gather(self.rows, self.places),
+            predictions=_gather(self.rows),
             num_systems=int(totals[0]),
-            num_bad_samples=int(totals[3]),
             forward_systems=int(totals[1]),
             forward_seconds=float(times[0]),
             seconds=float(times[1]),
@@ -205,12 +179,10 @@ def _reduce(values: Tensor, how: str) -> Tensor:
     return values.cpu()
 
 
-def _gather(
-    rows: list[tuple[list[str], np.ndarray, np.ndarray | None]], places: list[np.ndarray]
-) -> dict[str, np.ndarray]:
+def _gather(rows: list[tuple[list[str], np.ndarray, np.ndarray | None]]) -> dict[str, np.ndarray]:
     """Predictions of all ranks on the first one, in the order of the data (rank r has the samples r, r + w, ...)."""
     mine: dict[str, Any] = {"ids": np.array([sid for sids, _, _ in rows for sid in sids])}
-    mine["place"] = np.concatenate([*places, np.empty(0, np.int64)]) * distutils.get_world_size() + distutils.get_rank()
+    mine["place"] = np.arange(len(mine["ids"])) * distutils.get_world_size() + distutils.get_rank()
     mine["energy"] = np.concatenate([energy for _, energy, _ in rows]) if rows else np.empty(0)
     targets = [target for _, _, target in rows if target is not None]
     if targets:

@@ -17,7 +17,6 @@ from torch_geometric.nn.models import SchNet
 
 from faenet_ocp.backbone import FrameAveragedModel
 from faenet_ocp.benchmark.published import build_published
-from faenet_ocp.compilation import compile_model
 from faenet_ocp.graph import edge_vectors
 from faenet_ocp.reference_weights import load_reference_state_dict
 
@@ -77,7 +76,6 @@ class Contender:
         predict: energy (B,), and forces (N, 3) for S2EF, of a batch.
         settings: of the model.
         amp: bfloat16 autocast.
-        compiled: with torch.compile.
     """
 
     name: str
@@ -85,7 +83,6 @@ class Contender:
     predict: Callable[[AtomicData], Outputs]
     settings: dict[str, Any]
     amp: bool = False
-    compiled: bool = False
 
     def __call__(self, batch: AtomicData) -> Outputs:
         """Predict, under autocast if `amp`."""
@@ -106,7 +103,6 @@ def faenet(
     frames: dict[str, Any] | None = None,
     graph_norm: str = "batch",
     amp: bool = False,
-    compiled: bool = False,
     conservative: bool = False,
     name: str = "",
     seed: int = 0,
@@ -120,8 +116,6 @@ def faenet(
         heads["forces"] = {"module": "faenet_force_head", "force_hidden_channels": _FORCE_CHANNELS}
     backbone = {"model": "faenet", **options, "complex_mp": True, "cutoff": CUTOFF, "graph_norm": graph_norm}
     model = FrameAveragedModel(backbone=backbone, heads=heads, frames=frames)
-    if compiled:
-        compile_model(model)
 
     def predict(batch: AtomicData) -> Outputs:
         return {key: value[key] for key, value in model(batch).items()}
@@ -134,9 +128,9 @@ def faenet(
             (gradient,) = torch.autograd.grad(energy.sum(), batch.pos)
         return {"energy": energy.detach(), "forces": -gradient}
 
-    label = ["FAENet", *(["bf16"] if amp else []), *(["compiled"] if compiled else [])]
+    label = "FAENet, bf16" if amp else "FAENet"
     function = differentiate if conservative else predict
-    return Contender(name or ", ".join(label), model, function, backbone | {"frames": frames}, amp, compiled)
+    return Contender(name or label, model, function, backbone | {"frames": frames}, amp)
 
 
 def published(task: str, options: dict[str, Any], *, amp: bool = False) -> Contender:

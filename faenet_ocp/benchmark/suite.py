@@ -18,9 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from faenet_ocp.benchmark import models
-from faenet_ocp.benchmark.convergence import convergence
 from faenet_ocp.benchmark.data import data_paths
-from faenet_ocp.benchmark.engine import engine
 from faenet_ocp.benchmark.measure import measure, ratio
 from faenet_ocp.benchmark.models import FAENET, MAX_NEIGHBORS, Contender, Outputs
 from faenet_ocp.benchmark.systems import make_batch, make_systems, read_systems, slab_sizes
@@ -29,10 +27,7 @@ from faenet_ocp.versions import software_versions
 logger = logging.getLogger(__name__)
 
 MODES = ("inference", "training step")
-GROUPS = (
-    *("published", "peers", "frames", "forces", "batch sizes", "system sizes"),
-    *("compiled", "convergence", "engine", "data"),
-)
+GROUPS = ("published", "peers", "frames", "forces", "batch sizes", "system sizes", "data")
 
 
 @dataclass(frozen=True)
@@ -46,7 +41,6 @@ class Settings:
         batch_sizes: of the group of that name.
         system_sizes: atoms of one system, of the group of that name.
         rounds: how often each row is timed.
-        steps: of the loss curves.
         small: networks with few channels: for a check that everything runs.
         remove_subsurface: without the atoms of tag 0, as FAENet is trained.
         lmdb: systems of this file instead of generated slabs.
@@ -58,13 +52,12 @@ class Settings:
     batch_sizes: tuple[int, ...] = (1, 8, 32, 64, 128, 256)
     system_sizes: tuple[int, ...] = (50, 150, 500, 1500, 5000)
     rounds: int = 5
-    steps: int = 300
     small: bool = False
     remove_subsurface: bool = True
     lmdb: Path | None = None
 
 
-QUICK = Settings(batch_size=2, batch_sizes=(1, 4), system_sizes=(20, 60), rounds=1, steps=3, small=True)
+QUICK = Settings(batch_size=2, batch_sizes=(1, 4), system_sizes=(20, 60), rounds=1, small=True)
 
 
 def run(settings: Settings, *, save: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any]:
@@ -91,9 +84,6 @@ def run(settings: Settings, *, save: Callable[[dict[str, Any]], None] | None = N
         "forces": _forces,
         "batch sizes": _batch_sizes,
         "system sizes": _system_sizes,
-        "compiled": _compiled,
-        "convergence": _convergence,
-        "engine": _engine,
         "data": _data,
     }
     for name in tqdm(settings.groups, desc="benchmark", unit="group", disable=None):
@@ -183,35 +173,6 @@ def _system_sizes(settings: Settings) -> list[dict[str, Any]]:
     return [_group("system sizes", "is2re", "inference", settings, rows)]
 
 
-def _compiled(settings: Settings) -> list[dict[str, Any]]:
-    """torch.compile against eager execution."""
-    options = models.small("is2re") if settings.small else FAENET["is2re"]
-    batch = _batch(settings, "is2re", min(settings.batch_size, 8))
-    contenders = [
-        models.faenet("is2re", options, graph_norm="system", amp=amp, compiled=compiled)
-        for amp in (False, True)
-        for compiled in (False, True)
-    ]
-    return [_group("compiled", "is2re", mode, settings, [(one, batch) for one in contenders]) for mode in MODES]
-
-
-def _convergence(settings: Settings) -> list[dict[str, Any]]:
-    curves = convergence(settings.steps, torch.device(settings.device))
-    return [{"name": "convergence", "task": "is2re", "mode": "small network", "curves": curves}]
-
-
-def _engine(settings: Settings) -> list[dict[str, Any]]:
-    """Steps of the trainer itself, on generated slabs."""
-    steps = engine(
-        models.small("is2re") if settings.small else {},
-        batch_size=settings.batch_size,
-        num_steps=4 * settings.rounds,
-        remove_subsurface=settings.remove_subsurface,
-        device=torch.device(settings.device),
-    )
-    return [{"name": "engine", "task": "is2re", "mode": "training step", "steps": steps}]
-
-
 def _data(settings: Settings) -> list[dict[str, Any]]:
     """Records on disk to batches; on the CPU in any case."""
     paths = data_paths(
@@ -238,7 +199,7 @@ def _group(
     for row, (contender, batch) in zip(shown, rows, strict=True):
         row["speed_up"] = ratio(shown[0], row)
         row["speed_up_wall"] = ratio(shown[0], row, "wall_seconds")
-        if name in ("published", "compiled") and mode == "inference":
+        if name == "published" and mode == "inference":
             row["difference"] = _difference(expected, _predictions(contender, batch))
     return {"name": name, "task": task, "mode": mode, "rows": shown}
 
@@ -249,7 +210,6 @@ def _row(contender: Contender, batch: AtomicData, times: dict[str, Any]) -> dict
         "settings": contender.settings,
         "parameters": sum(p.numel() for p in contender.module.parameters()),
         "precision": "bf16" if contender.amp else "fp32",
-        "compiled": contender.compiled,
         "systems": len(batch.natoms),
         "atoms": len(batch.pos),
         "edges": batch.edge_index.shape[1],
