@@ -1,28 +1,29 @@
 """FAENet and frame averaging for OC20, on fairchem-core 2.
 
-Public names are loaded when first used, so `import faenet_ocp.frames` needs torch only. Importing `faenet_ocp.trainer`
-registers everything in fairchem's registry: trainer `faenet`, models `faenet` and `frame_averaging`, data sets
-`oc20_lmdb` and `oc20_packed`.
+Public names are loaded when first used, so `import faenet_ocp.frames` needs torch only. Importing
+`faenet_ocp.training.trainer` registers everything in fairchem's registry: trainer `faenet`, models `faenet` and
+`frame_averaging`, data sets `oc20_lmdb` and `oc20_packed`.
 """
 
 from importlib import import_module
 from typing import Any
 
 _PUBLIC = {
-    "FAENet": "faenet_ocp.faenet",
-    "EnergyHead": "faenet_ocp.faenet",
-    "ForceHead": "faenet_ocp.force_head",
-    "FAENetBackbone": "faenet_ocp.backbone",
-    "FrameAveragedModel": "faenet_ocp.backbone",
+    "FAENet": "faenet_ocp.models.faenet",
+    "EnergyHead": "faenet_ocp.models.faenet",
+    "ForceHead": "faenet_ocp.models.heads",
+    "FAENetBackbone": "faenet_ocp.models.fairchem",
+    "FrameAveragedModel": "faenet_ocp.models.fairchem",
     "Frames": "faenet_ocp.frames",
     "compute_frames": "faenet_ocp.frames",
-    "OC20LmdbDataset": "faenet_ocp.lmdb_dataset",
-    "OC20PackedDataset": "faenet_ocp.packed_dataset",
-    "register_transform": "faenet_ocp.transforms",
-    "FAENetTrainer": "faenet_ocp.trainer",
-    "FAENetCalculator": "faenet_ocp.calculator",
-    "Predictor": "faenet_ocp.calculator",
-    "relax": "faenet_ocp.relaxation",
+    "OC20LmdbDataset": "faenet_ocp.data.oc20",
+    "OC20PackedDataset": "faenet_ocp.data.packed",
+    "Transform": "faenet_ocp.data.transforms",
+    "register_transform": "faenet_ocp.data.transforms",
+    "FAENetTrainer": "faenet_ocp.training.trainer",
+    "FAENetCalculator": "faenet_ocp.inference.calculator",
+    "Predictor": "faenet_ocp.inference.calculator",
+    "relax": "faenet_ocp.inference.relaxation",
     "load_checkpoint": "faenet_ocp.checkpoint",
 }
 __all__ = list(_PUBLIC)

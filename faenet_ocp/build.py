@@ -14,9 +14,9 @@ from fairchem.core.common.registry import registry
 from torch import nn
 from torch.utils.data import Dataset
 
-from faenet_ocp import packed_dataset  # noqa: F401  # registers the data sets
-from faenet_ocp.backbone import FAENetEnergyHead, FAENetForceHead, FrameAveragedModel
-from faenet_ocp.config import Config, SourceConfig, nearest
+from faenet_ocp.config.schema import Config, SourceConfig, nearest
+from faenet_ocp.data import packed as packed_dataset  # noqa: F401  # registers the data sets
+from faenet_ocp.models.fairchem import FAENetEnergyHead, FAENetForceHead, FrameAveragedModel
 
 _GRAPH = {"cutoff": 6.0, "max_neighbors": 40}
 _HEADS = {"energy": FAENetEnergyHead, "forces": FAENetForceHead}

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from faenet_ocp.versions import software_versions
+from faenet_ocp.common.versions import software_versions
 
 FORMAT = 1
 _NO_COMMENT = b"\0\0"

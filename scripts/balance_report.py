@@ -13,8 +13,8 @@ import sys
 import numpy as np
 from numpy.typing import NDArray
 
-from faenet_ocp.lmdb_dataset import OC20LmdbDataset
-from faenet_ocp.loader import TrainBatchSampler
+from faenet_ocp.data.loader import TrainBatchSampler
+from faenet_ocp.data.oc20 import OC20LmdbDataset
 
 
 def main() -> int:

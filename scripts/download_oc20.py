@@ -12,7 +12,7 @@ import logging
 import sys
 from pathlib import Path
 
-from faenet_ocp.download import S2EF, download, find_archive
+from faenet_ocp.prepare.download import S2EF, download, find_archive
 
 
 def main(argv: list[str] | None = None) -> None:

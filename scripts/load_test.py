@@ -20,8 +20,8 @@ import torch
 from torch_geometric.data import Data
 from tqdm import tqdm
 
-from faenet_ocp.lmdb_dataset import OC20LmdbDataset
-from faenet_ocp.lmdb_writer import LmdbShardWriter, encode_record
+from faenet_ocp.data.oc20 import OC20LmdbDataset
+from faenet_ocp.prepare.lmdb_writer import LmdbShardWriter, encode_record
 
 _OPEN_SECONDS, _GROWTH_MB = 2.0, 200.0
 _FIRST_SID = 1_000_000_000

@@ -2,7 +2,7 @@
 
     python scripts/make_demo_data.py [--output data/demo] [--num-train 1500] [--num-workers 2]
 
-Interrupted, the same command goes on where it stopped. See `faenet_ocp.demo`.
+Interrupted, the same command goes on where it stopped. See `faenet_ocp.prepare.demo.generate`.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import time
 from dataclasses import fields
 from pathlib import Path
 
-from faenet_ocp.demo import DemoSettings, make_demo_data
+from faenet_ocp.prepare.demo.generate import DemoSettings, make_demo_data
 
 
 def main(argv: list[str] | None = None) -> None:

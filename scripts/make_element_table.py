@@ -3,7 +3,7 @@
     python scripts/make_element_table.py [--output faenet_ocp/data/elements.csv]
 
 One row per element, 1 to 118, with the raw values and units of mendeleev; a value that mendeleev
-lacks is left empty. Standardisation is done where the table is read, in `faenet_ocp.elements`.
+lacks is left empty. Standardisation is done where the table is read, in `faenet_ocp.common.elements`.
 """
 
 import argparse
@@ -13,9 +13,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TextIO
 
-from faenet_ocp.elements import COLUMNS, MAX_ATOMIC_NUMBER
+from faenet_ocp.common.elements import COLUMNS, MAX_ATOMIC_NUMBER
 
-DEFAULT_OUTPUT = Path(__file__).resolve().parents[1] / "faenet_ocp" / "data" / "elements.csv"
+DEFAULT_OUTPUT = Path(__file__).resolve().parents[1] / "faenet_ocp" / "common" / "elements.csv"
 
 
 def collect_rows() -> list[dict[str, str]]:

@@ -9,7 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from faenet_ocp.submission import make_submission
+from faenet_ocp.evaluation.submission import make_submission
 
 
 def main() -> int:

@@ -11,7 +11,7 @@ import logging
 import sys
 from pathlib import Path
 
-from faenet_ocp.pack import pack
+from faenet_ocp.prepare.pack import pack
 
 
 def main(argv: list[str] | None = None) -> None:

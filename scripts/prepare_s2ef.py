@@ -12,7 +12,7 @@ import logging
 import sys
 from pathlib import Path
 
-from faenet_ocp.prepare_s2ef import MAX_SHARDS, Options, prepare
+from faenet_ocp.prepare.s2ef import MAX_SHARDS, Options, prepare
 
 
 def main(argv: list[str] | None = None) -> None:

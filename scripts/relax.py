@@ -16,9 +16,9 @@ import logging
 import sys
 from pathlib import Path
 
-from faenet_ocp.calculator import FORCE_SOURCES, Predictor
 from faenet_ocp.checkpoint import load_checkpoint
-from faenet_ocp.relaxation_run import METRICS, open_structures, run
+from faenet_ocp.inference.calculator import FORCE_SOURCES, Predictor
+from faenet_ocp.inference.relaxation_run import METRICS, open_structures, run
 
 
 def main(argv: list[str] | None = None) -> None:

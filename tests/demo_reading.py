@@ -9,7 +9,7 @@ import lmdb
 import torch
 from torch_geometric.data import Data
 
-from faenet_ocp.demo import DemoSettings
+from faenet_ocp.prepare.demo.generate import DemoSettings
 
 SETTINGS = DemoSettings(num_train=24, num_val=8, frames_per_system=3, raw_frames=7, seed=3)
 

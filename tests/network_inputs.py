@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from ase.neighborlist import neighbor_list
 
-from faenet_ocp.faenet import EnergyHead, FAENet, ForceHead
+from faenet_ocp.models.faenet import EnergyHead, FAENet, ForceHead
 from small_data import make_slab
 
 CUTOFF = 4.0

@@ -20,8 +20,8 @@ import torch.distributed as dist
 import yaml
 
 import small_data
-from faenet_ocp import local_ranks
-from faenet_ocp.cli import main
+from faenet_ocp.launch import local_ranks
+from faenet_ocp.launch.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
 MAIN = [sys.executable, str(ROOT / "main.py")]

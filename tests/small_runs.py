@@ -9,7 +9,7 @@ import numpy as np
 import yaml
 
 import small_data
-from faenet_ocp.cli import main
+from faenet_ocp.launch.cli import main
 
 _MODEL = {
     "name": "faenet",

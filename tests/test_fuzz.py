@@ -23,10 +23,11 @@ import yaml
 
 import processes
 import small_data
-from faenet_ocp import build, lmdb_files
+from faenet_ocp import build
 from faenet_ocp.checkpoint import FORMAT, load_checkpoint, save_checkpoint
-from faenet_ocp.config import Config, build_config, load_yaml, parse_overrides
-from faenet_ocp.lmdb_dataset import OC20LmdbDataset
+from faenet_ocp.config.schema import Config, build_config, load_yaml, parse_overrides
+from faenet_ocp.data import lmdb_files
+from faenet_ocp.data.oc20 import OC20LmdbDataset
 
 SIZES = [500, pytest.param(10_000, marks=pytest.mark.slow)]
 _PROCESSES = 2

@@ -70,7 +70,7 @@ _WITHOUT_NUMBA = """
 import sys
 sys.modules["numba"] = None
 import torch
-from faenet_ocp.faenet import FAENet
+from faenet_ocp.models.faenet import FAENet
 model = FAENet(hidden_channels=32, num_filters=8, num_gaussians=4, tag_hidden_channels=4, pg_hidden_channels=4)
 edges = torch.tensor([[1, 0], [0, 1]])
 vectors = torch.tensor([[1.0, 0.5, 0.0], [-1.0, -0.5, 0.0]])

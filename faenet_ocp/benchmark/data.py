@@ -14,11 +14,11 @@ from torch_geometric.data import Batch, Data
 
 from faenet_ocp.benchmark.measure import measure, ratio
 from faenet_ocp.benchmark.systems import make_systems, slab_sizes
-from faenet_ocp.lmdb_dataset import OC20LmdbDataset
-from faenet_ocp.lmdb_files import LmdbFile
-from faenet_ocp.lmdb_writer import LmdbShardWriter
-from faenet_ocp.pack import pack
-from faenet_ocp.packed_dataset import OC20PackedDataset
+from faenet_ocp.data.lmdb_files import LmdbFile
+from faenet_ocp.data.oc20 import OC20LmdbDataset
+from faenet_ocp.data.packed import OC20PackedDataset
+from faenet_ocp.prepare.lmdb_writer import LmdbShardWriter
+from faenet_ocp.prepare.pack import pack
 
 _BATCHES = 8
 _STORED_NEIGHBORS = 50

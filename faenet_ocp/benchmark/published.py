@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch_geometric.utils import scatter
 
-from faenet_ocp.elements import NUM_GROUPS, PROPERTIES, element_table
+from faenet_ocp.common.elements import NUM_GROUPS, PROPERTIES, element_table
 
 
 def build_published(options: dict, *, forces: bool, force_hidden_channels: int) -> nn.Module:

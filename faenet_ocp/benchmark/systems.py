@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from fairchem.core.datasets.atomic_data import AtomicData
 
-from faenet_ocp.graph import build_graph
-from faenet_ocp.lmdb_dataset import OC20LmdbDataset
-from faenet_ocp.loader import collate
-from faenet_ocp.transforms import RemoveSubsurface
+from faenet_ocp.data.loader import collate
+from faenet_ocp.data.oc20 import OC20LmdbDataset
+from faenet_ocp.data.transforms import RemoveSubsurface
+from faenet_ocp.graph.neighbors import build_graph
 
 SMALLEST, LARGEST = 5, 225
 """Atoms of OC20's systems."""

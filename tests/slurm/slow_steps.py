@@ -6,7 +6,7 @@ import time
 import torch
 from fairchem.core.datasets.atomic_data import AtomicData
 
-from faenet_ocp.transforms import Transform
+from faenet_ocp.data.transforms import Transform
 
 
 class Slow(Transform):

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-import faenet_ocp.cli
+import faenet_ocp.launch.cli
 
 HERE = Path(__file__).resolve().parent
 PATIENCE = float(os.environ.get("FAENET_OCP_SLURM_PATIENCE", "240"))
@@ -151,7 +151,7 @@ def run_cli(*arguments: str) -> str:
     """Runs the command line in this process; what it printed."""
     output = tempfile.TemporaryFile("w+")  # noqa: SIM115
     with output, contextlib.redirect_stdout(output):
-        status = faenet_ocp.cli.main(arguments)
+        status = faenet_ocp.launch.cli.main(arguments)
         output.seek(0)
         text = output.read()
     assert status == 0, text

@@ -15,7 +15,7 @@ import torch
 import yaml
 from slurm_cluster import Cluster, Job, kill_node, results, run_cli, start_node, wait_for
 
-import faenet_ocp.cli
+import faenet_ocp.launch.cli
 from faenet_ocp.checkpoint import load_checkpoint
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -134,7 +134,7 @@ def test_what_slurm_refuses_is_told(
     cluster: Cluster, arguments: list[str], message: str, capsys: pytest.CaptureFixture
 ) -> None:
     config = cluster.config("refused", seconds=0)
-    assert faenet_ocp.cli.main(["--config", str(config), "--submit", *arguments]) == 2
+    assert faenet_ocp.launch.cli.main(["--config", str(config), "--submit", *arguments]) == 2
     assert message in capsys.readouterr().err
     assert not _queue()
 
@@ -147,7 +147,7 @@ def test_a_job_that_no_node_can_run_is_told(cluster: Cluster, caplog: pytest.Log
 
 def test_one_run_is_one_job(cluster: Cluster, capsys: pytest.CaptureFixture) -> None:
     job = cluster.submit("once", "--slurm-extra", "begin=now+1hour")
-    assert faenet_ocp.cli.main(["--config", str(cluster.folder / "once.yml"), "--submit"]) == 2
+    assert faenet_ocp.launch.cli.main(["--config", str(cluster.folder / "once.yml"), "--submit"]) == 2
     assert f"is in the queue already, as job {job.id}" in capsys.readouterr().err
     subprocess.run(["scancel", job.id], check=True)
     wait_for("the job to be cancelled", lambda: not _queue())

@@ -1,0 +1,299 @@
+"""OC20's LMDB files as a fairchem data set: pickled PyG records to ``AtomicData``, with edges, labels and transforms.
+
+Registered with fairchem as ``oc20_lmdb`` and, for OCP configs, ``lmdb``, ``single_point_lmdb`` and ``trajectory_lmdb``.
+Shapes: n atoms and e edges of one sample. Energies in eV, forces in eV/A, lengths in A.
+"""
+
+import difflib
+import hashlib
+import importlib
+import itertools
+import logging
+import os
+import zipfile
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from fairchem.core.common.registry import registry
+from fairchem.core.datasets.atomic_data import AtomicData, atomicdata_list_to_batch
+from fairchem.core.datasets.base_dataset import BaseDataset
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from faenet_ocp.data.batch import (
+    NUM_ELEMENTS,
+    Fields,
+    Reading,
+    array_of,
+    assign_batch_stats,
+    make_batch,
+    whole_number,
+)
+from faenet_ocp.data.lmdb_files import LmdbFile, resolve_files
+from faenet_ocp.data.lmdb_records import RecordError, decode_record
+from faenet_ocp.data.transforms import Compose
+
+__all__ = ["NUM_ELEMENTS", "OC20LmdbDataset"]
+
+logger = logging.getLogger(__name__)
+
+NAMES = ("oc20_lmdb", "lmdb", "single_point_lmdb", "trajectory_lmdb")
+EDGES = ("stored", "recompute", "none")
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+LABELS = {"energy": ("y_relaxed", "energy", "y"), "forces": ("forces", "force")}
+"""The labels, and the names they have had in OC20 files: IS2RE, fairchem 1.x, earlier."""
+# Read by fairchem's create_dataset from the same mapping.
+_HOST_KEYS = ("format", "first_n", "sample_n", "no_shuffle", "max_atoms", "subset_to")
+
+
+class OC20LmdbDataset(BaseDataset[AtomicData]):
+    """Samples of one or more LMDB files, in their order.
+
+    ``dataset[index]`` and ``dataset[epoch, index]`` (plain index: epoch 0) give an ``AtomicData`` with energy (1,) and
+    forces (n, 3) as far as asked for by `labels`, sid, fid (1,) (-1 where a record has none), tags, fixed, edges, the
+    attribute `dataset`, and composition (1, 119), the atoms of each element before transforms. Random transforms depend
+    on (seed, epoch, index) only: not on worker, rank or batch.
+
+    Edges: `edges: stored` (the default) takes the record's own and builds them where a record has none; `recompute`
+    always builds them; `none` leaves them to the model. Either way ``graph.limit_neighbors`` cuts them to `cutoff` and
+    `max_neighbors` **before** transforms, so removing sub-surface atoms does not bring in other neighbours. OC20 stores
+    the 50 nearest neighbours within 6 A, cut strictly. Where the stored list of an atom ends inside the shell of its
+    last neighbour, that list is built anew, so that the graph is always the one that `recompute` gives. That
+    holds as long as `cutoff` is at most that of the file and the file has more neighbours than asked for, where there
+    are more; use `recompute` for larger limits.
+
+    Labels: `key_mapping` ({record's name: energy or forces}) says where a label is. Several names may map to one label
+    if each record has one of them; the label's own name serves where a record has none of these. A label without
+    mapping is looked for under the names of all eras (``LABELS``). Several candidates in a record are an error, never
+    a guess.
+
+    Args:
+        config: a mapping with
+            src: file, folder of shards, glob, or a list of these (required).
+            labels: labels every record must have, [] for none; default: those of `key_mapping`, else [energy].
+            key_mapping, edges, cutoff, max_neighbors: see above; the last two are required unless `edges: none`.
+            transforms: mapping of ``transforms.Compose``.
+            seed: of random transforms (default 0).
+            dtype: float32 (default) or float64.
+            dataset_name: `dataset` of every sample (default oc20).
+            cache_dir: folder in which collected sizes are kept (default: not kept). Never the data folder.
+
+    Raises:
+        ValueError, FileNotFoundError: wrong config, or files that are missing or damaged.
+        RecordError: (when reading) a record that cannot be read or used; names file, record and reason.
+    """
+
+    _file: type[LmdbFile] = LmdbFile
+
+    def __init__(self, config: Mapping[str, Any]):
+        config = dict(config)
+        _check_config(config)
+        super().__init__({key: value for key, value in config.items() if key != "src"})
+        self.config = config
+        self.files = [self._file(path) for path in resolve_files(config["src"])]
+        self.paths = [file.path for file in self.files]
+        self._ends = np.cumsum([len(file) for file in self.files]).tolist()
+        self.num_samples = self._ends[-1]
+        if self.num_samples == 0:
+            raise ValueError(f"no records in {', '.join(map(str, self.paths))}")
+        self._reading = Reading(
+            labels=_label_sources(config.get("labels"), config.get("key_mapping") or {}),
+            edges=config.get("edges", "stored"),
+            dtype=DTYPES[config.get("dtype", "float32")],
+            cutoff=config.get("cutoff", 0.0),
+            max_neighbors=int(config.get("max_neighbors", 0)),
+        )
+        if self._reading.edges != "none":  # compiled here and once, not in each loader worker
+            importlib.import_module("faenet_ocp.data.edges")
+        self.transforms = Compose(config.get("transforms") or {})
+        self.seed = config.get("seed", 0)
+        self.name = config.get("dataset_name", "oc20")
+
+    def __getitem__(self, key: int | tuple[int, int]) -> AtomicData:
+        data = self._load([key])
+        data.dataset = self.name  # the constructor would make a list of it, which fairchem's collater cannot use
+        return data
+
+    def load_batch(self, keys: Sequence[int | tuple[int, int]]) -> AtomicData:
+        """The batch of ``dataset[key]`` for all keys, to the last bit, in a fraction of the time.
+
+        That is so with transforms that work on batches (``transforms.BatchTransform``). Otherwise, and in a subclass
+        with a ``__getitem__`` of its own, samples are made one by one.
+
+        Raises:
+            RecordError: one of the records cannot be used; ``dataset[key]`` says which.
+        """
+        if not self.transforms.takes_batches or type(self).__getitem__ is not OC20LmdbDataset.__getitem__:
+            return atomicdata_list_to_batch([self[key] for key in keys])
+        data = self._load(keys).contiguous()
+        data.dataset = [self.name] * len(keys)
+        assign_batch_stats(data)
+        return data
+
+    def _load(self, keys: Sequence[int | tuple[int, int]]) -> AtomicData:
+        pairs = [key if isinstance(key, tuple) else (0, key) for key in keys]
+        places = [self._locate(int(index)) for _, index in pairs]
+        values = [file.read(position) for file, position in places]
+        file, position = places[0]
+        name = f"{file.path}: record {file.numbers[position]}" if len(keys) == 1 else f"one of {len(keys)} records"
+        try:
+            records = [self._decode(value) for value in values]
+            sids = [_identifier(fields, str(index)) for fields, (_, index) in zip(records, pairs, strict=True)]
+            if len(keys) == 1:
+                name += f" (sid {sids[0]})"
+            data = self._make(records, sids)
+            if len(self.transforms):
+                data = self.transforms.apply(data, [self._generator(epoch, int(index)) for epoch, index in pairs])
+        except RecordError as error:
+            raise RecordError(f"{name} {error}") from error
+        except ValueError as error:
+            raise RecordError(f"{name}: {error}") from error
+        return data
+
+    def _decode(self, value: bytes) -> Fields:
+        return decode_record(value)
+
+    def _make(self, records: Sequence[Fields], sids: list[str]) -> AtomicData:
+        return make_batch(records, sids, self._reading, surface=self.transforms.removes_subsurface_first)
+
+    def _locate(self, index: int) -> tuple[LmdbFile, int]:
+        if not 0 <= index < self.num_samples:
+            raise IndexError(f"sample {index} of {self.num_samples}")
+        number = bisect_right(self._ends, index)
+        return self.files[number], index - (self._ends[number - 1] if number else 0)
+
+    def _generator(self, epoch: int, index: int) -> torch.Generator:
+        (seed,) = np.random.SeedSequence([self.seed, epoch, index]).generate_state(1, np.uint64)
+        return torch.Generator().manual_seed(int(seed))
+
+    # Sizes
+
+    @cached_property
+    def _metadata(self) -> dict[str, NDArray[Any]]:
+        """What is known of all samples without reading them: from metadata.npz, else sizes collected earlier."""
+        metadata = _read_metadata(self.files)
+        cache = self._size_cache
+        if not metadata and cache is not None and cache.is_file():
+            metadata = {"natoms": np.load(cache, allow_pickle=False)}
+        return metadata
+
+    def natoms(self) -> NDArray[np.int64]:
+        """Return the number of atoms of each sample before transforms (len(self),).
+
+        From metadata.npz beside the files if there is one; else all records are read once, with a progress bar, and the
+        result is kept in `cache_dir`.
+
+        Raises:
+            RecordError: a record cannot be read.
+        """
+        if "natoms" not in self._metadata:
+            self._metadata["natoms"] = self._collect_natoms()
+        return self._metadata["natoms"]
+
+    def _collect_natoms(self) -> NDArray[np.int64]:
+        natoms = np.empty(self.num_samples, dtype=np.int64)
+        for index in tqdm(range(self.num_samples), desc="sizes of the systems", unit="system", mininterval=1.0):
+            file, position = self._locate(index)
+            try:
+                natoms[index] = len(array_of(self._decode(file.read(position)), "pos", (None, 3)))
+            except RecordError as error:
+                raise RecordError(f"{file.path}: record {file.numbers[position]} {error}") from error
+        if self._size_cache is not None:
+            self._size_cache.parent.mkdir(parents=True, exist_ok=True)
+            partial = self._size_cache.with_suffix(f".{os.getpid()}.npy")
+            np.save(partial, natoms)
+            partial.replace(self._size_cache)
+        return natoms
+
+    @property
+    def _size_cache(self) -> Path | None:
+        """File for collected sizes; another name once a data file has changed."""
+        folder = self.config.get("cache_dir")
+        if folder is None:
+            return None
+        digest = hashlib.sha256()
+        for path in self.paths:
+            status = path.stat()
+            digest.update(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}\n".encode())
+        return Path(folder) / f"natoms-{digest.hexdigest()[:16]}.npy"
+
+
+def _check_config(config: Mapping[str, Any]) -> None:
+    own = ("src", "labels", "key_mapping", "edges", "cutoff", "max_neighbors", "transforms", "seed", "dtype")
+    allowed = (*own, "dataset_name", "cache_dir", *_HOST_KEYS)
+    for key in config:
+        if key not in allowed:
+            near = difflib.get_close_matches(str(key), allowed, n=1)
+            raise ValueError(f"dataset: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    if "src" not in config:
+        raise ValueError("dataset: no src: a file, a folder, a glob or a list of these")
+    for key, choices, default in (("edges", EDGES, "stored"), ("dtype", tuple(DTYPES), "float32")):
+        if config.get(key, default) not in choices:
+            raise ValueError(f"dataset.{key}: {config[key]!r} is not one of {', '.join(choices)}")
+    if config.get("edges") != "none":
+        for key in ("cutoff", "max_neighbors"):
+            if not isinstance(config.get(key), int | float) or not config[key] > 0:
+                raise ValueError(f"dataset.{key}: {config.get(key)!r} must be positive (unless edges: none)")
+        if not float(config["max_neighbors"]).is_integer():
+            raise ValueError(f"dataset.max_neighbors: {config['max_neighbors']!r} must be a whole number")
+
+
+def _label_sources(labels: Sequence[str] | None, key_mapping: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
+    """Each label asked for, and the names under which records may have it."""
+    for name, label in key_mapping.items():
+        if label not in LABELS:
+            raise ValueError(f"key_mapping.{name}: {label!r} is not one of {', '.join(LABELS)}")
+    if labels is None:
+        labels = list(dict.fromkeys(key_mapping.values())) or ["energy"]
+    sources = {}
+    for label in labels:
+        if label not in LABELS:
+            raise ValueError(f"labels: {label!r} is not one of {', '.join(LABELS)}")
+        sources[label] = tuple(name for name, target in key_mapping.items() if target == label) or LABELS[label]
+    return sources
+
+
+def _identifier(fields: Fields, default: str) -> str:
+    """The sid as text: a number in OC20, free text elsewhere, the sample's index if there is none."""
+    sid = fields.get("sid", default)
+    return sid if isinstance(sid, str) else str(whole_number(fields, "sid", default=0))
+
+
+def _read_metadata(files: Sequence[LmdbFile]) -> dict[str, NDArray[Any]]:
+    """The arrays of the metadata.npz in each file's folder; nothing unless all folders have a fitting one."""
+    parts = []
+    for folder, group in itertools.groupby(files, key=lambda file: file.path.parent):
+        path, count = folder / "metadata.npz", sum(len(file) for file in group)
+        if not path.is_file():
+            return {}
+        try:
+            with np.load(path, allow_pickle=False) as archive:
+                part = {name: archive[name] for name in archive.files}
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{path}: cannot be read: {error}") from error
+        natoms = part.get("natoms")
+        if natoms is None or natoms.shape != (count,) or natoms.dtype.kind not in "iu":
+            logger.warning("%s is not used: it has no natoms for exactly the %d records of its folder", path, count)
+            return {}
+        parts.append({name: array for name, array in part.items() if array.shape[:1] == (count,)})
+    common = set.intersection(*(set(part) for part in parts))
+    return {name: np.concatenate([part[name] for part in parts]) for name in sorted(common)}
+
+
+def _register() -> None:
+    """Make the data set known to fairchem; a name that another class has taken stays with it."""
+    known = registry.mapping["dataset_name_mapping"]
+    for name in NAMES:
+        taken = known.get(name)
+        if taken is None or taken.__module__ == __name__:
+            registry.register_dataset(name)(OC20LmdbDataset)
+        else:
+            logger.warning("dataset format %r is %s.%s already", name, taken.__module__, taken.__qualname__)
+
+
+_register()

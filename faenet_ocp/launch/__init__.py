@@ -1,0 +1,1 @@
+"""From the command line to processes: one machine, a sweep, SLURM."""

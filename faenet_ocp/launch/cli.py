@@ -1,0 +1,304 @@
+"""The command line: `python main.py --config ...` and `faenet-ocp --config ...`."""
+
+import argparse
+import logging
+import os
+import re
+import sys
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import yaml
+
+from faenet_ocp.common import log_setup
+from faenet_ocp.launch import local_ranks
+
+if TYPE_CHECKING:
+    from faenet_ocp.config.schema import Config
+    from faenet_ocp.training.trainer import FAENetTrainer
+
+_JOB_FLAGS = ("run_dir", "identifier", "seed", "num_gpus", "num_nodes", "cpu", "amp", "debug", "print_every")
+_HARMLESS_KEYS = (
+    r"logger\b|slurm\b|evaluation_metrics\.metrics\b|dataset\.test\b"
+    r"|job\.(run_dir|identifier|num_gpus|num_nodes|cpu|debug|print_every)$"
+    r"|optim\.(num_workers|worker_context|balance|eval_batch_size|checkpoint_every|keep_checkpoints|on_write_error)$"
+)
+"""What a run may go on with and still end where it would have, but for rounding; all else changes the results."""
+_SLURM_FLAGS = ("partition", "account", "qos", "time", "mem_gb", "cpus_per_task")
+
+
+class _Run(NamedTuple):
+    """A checked run that can begin; `values` are those of a sweep."""
+
+    config: "Config"
+    trainer: "FAENetTrainer"
+    folder: Path
+    values: dict[str, Any]
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The flags; everything else is `--section.key=value`."""
+    parser = argparse.ArgumentParser(
+        prog="faenet-ocp",
+        description="Train FAENet (or another registered model) on OC20, evaluate it, predict with it.",
+        epilog="Any key of the configuration: --section.key=value, e.g. --optim.batch_size=64 --dataset.root=DIR",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--config", "--config-yml", metavar="YAML", help="configuration file; needed except with --checkpoint")
+    add(
+        "--mode",
+        choices=("train", "validate", "predict", "benchmark"),
+        default="train",
+        help="benchmark takes other arguments, those of scripts/benchmark.py",
+    )
+    add("--checkpoint", metavar="PT", help="weights to validate or predict with, or to begin training with")
+    job = parser.add_argument_group("run", "each of these is also a key of the section job:")
+    job.add_argument("--run-dir", metavar="DIR", help="folder that holds the runs (default: runs)")
+    job.add_argument(
+        "--identifier", metavar="NAME", help="name of the run's folder; the same name goes on with that run"
+    )
+    job.add_argument("--seed", type=int)
+    job.add_argument("--num-gpus", type=int, metavar="N", help="ranks on each node, with --cpu too")
+    job.add_argument("--num-nodes", type=int, metavar="N")
+    job.add_argument("--cpu", action="store_true", default=None, help="do not use a GPU")
+    job.add_argument("--amp", action="store_true", default=None, help="bfloat16 autocast")
+    job.add_argument("--debug", action="store_true", default=None)
+    job.add_argument("--print-every", type=int, metavar="N", help="steps between reports")
+    add("--sweep-yml", metavar="YAML", help="grid of values, dotted keys with lists: one run for each combination")
+    slurm = parser.add_argument_group("SLURM", "--slurm-... are also keys of the section slurm:")
+    add = slurm.add_argument
+    add("--submit", action="store_true", help="hand the run to SLURM; a sweep becomes an array of jobs")
+    add("--dry-run", action="store_true", help="with --submit: check all, print what would be submitted, and end")
+    add("--slurm-partition", metavar="NAME")
+    add("--slurm-account", metavar="NAME")
+    add("--slurm-qos", metavar="NAME")
+    add("--slurm-time", metavar="TIME", help="time limit of one start: M, H:M:S, D-H:M:S, ...")
+    add("--slurm-timeout", metavar="HOURS", dest="slurm_time", type=lambda text: f"{int(text)}:00:00")
+    add("--slurm-mem", metavar="GB", dest="slurm_mem_gb", type=float, help="memory of each node")
+    add("--slurm-cpus", metavar="N", dest="slurm_cpus_per_task", type=int, help="CPUs of each rank")
+    add("--slurm-extra", metavar="OPTION=VALUE", action="append", help="any other option of sbatch; repeatable")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Returns:
+        exit status: 0 done, 1 failed on the way, 2 wrong arguments, configuration or input (one message on stderr).
+
+    Raises:
+        SystemExit: stopped by a signal; 130 after Ctrl-C, 143 after SIGTERM.
+    """
+    flags, overrides = make_parser().parse_known_args(argv)
+    log_setup.set_up_logging()
+    try:
+        if flags.mode == "benchmark":
+            return _benchmark(flags, overrides)
+        return _run(flags, overrides)
+    except (ValueError, OSError, FloatingPointError, local_ranks.RunError) as error:
+        if flags.debug:
+            raise
+        sys.stderr.write(f"error: {error}\n")
+        return local_ranks.WRONG_INPUT if isinstance(error, ValueError) else 1
+
+
+def _benchmark(flags: argparse.Namespace, arguments: Sequence[str]) -> int:
+    defaults = vars(make_parser().parse_args([])) | {"mode": "benchmark"}
+    given = [name for name, value in vars(flags).items() if value != defaults[name]]
+    if given:
+        raise ValueError(f"--{given[0].replace('_', '-')}: has no meaning with --mode benchmark")
+    from faenet_ocp.benchmark import command
+
+    command.main(arguments)
+    return 0
+
+
+def _run(flags: argparse.Namespace, overrides: Sequence[str]) -> int:
+    from faenet_ocp.training import trainer as _registers  # noqa: F401  # takes seconds: not for --help
+
+    if flags.dry_run and not flags.submit:
+        raise ValueError("--dry-run: says what --submit would do; give both")
+    raw = _merge(flags, overrides)
+    runs = [_prepare(raw, flags)] if flags.sweep_yml is None else _prepare_sweep(raw, flags)
+    if flags.submit:
+        return _submit(runs, flags)
+    if flags.sweep_yml is None:
+        return _run_here(runs[0], flags.mode)
+    return _run_sweep(runs, flags.mode)
+
+
+def _prepare(raw: dict[str, Any], flags: argparse.Namespace, values: dict[str, Any] | None = None) -> _Run:
+    """Validates a configuration and all that it names; nothing is written."""
+    from fairchem.core.common.registry import registry
+
+    from faenet_ocp.config.schema import build_config, nearest
+
+    config = build_config(raw)
+    try:
+        trainer_class = registry.get_trainer_class(config.trainer)
+    except (RuntimeError, KeyError, ValueError) as error:
+        known = [str(name) for name in registry.mapping["trainer_name_mapping"]]
+        raise ValueError(f"trainer: {config.trainer!r} is not registered{nearest(config.trainer, known)}") from error
+    trainer = trainer_class(config, mode=flags.mode, checkpoint=flags.checkpoint)
+    trainer.check()
+    return _Run(config, trainer, _run_folder(config, flags.mode), values or {})
+
+
+def _prepare_sweep(raw: dict[str, Any], flags: argparse.Namespace) -> list[_Run]:
+    from faenet_ocp.launch.sweep import expand, load_grid
+
+    name = raw["job"].get("identifier") or datetime.now().strftime("%Y-%m-%d-%H-%M-%S")
+    runs = []
+    for values, element in expand(raw, load_grid(flags.sweep_yml), name):
+        try:
+            runs.append(_prepare(element, flags, values))
+        except ValueError as error:
+            raise ValueError(f"{element['job']['identifier']}, {values}: {error}") from error
+    return runs
+
+
+def _run_here(run: _Run, mode: str) -> int:
+    _write_configs(run, mode)
+    local_ranks.launch(local_ranks.fairchem_config(run.trainer.build(run.folder)))
+    return _show(run.folder, mode)
+
+
+def _run_sweep(runs: Sequence[_Run], mode: str) -> int:
+    """One run after another; one that fails does not keep the others from running."""
+    failed = []
+    for run in runs:
+        logging.info("%s: %s", run.folder.name, run.values)
+        try:
+            _run_here(run, mode)
+        except Exception:
+            if len(runs) == 1:
+                raise
+            logging.exception("%s failed", run.folder.name)
+            failed.append(run.folder.name)
+    if failed:
+        sys.stderr.write(f"error: {len(failed)} of {len(runs)} runs failed: {', '.join(failed)}\n")
+    return 1 if failed else 0
+
+
+def _submit(runs: Sequence[_Run], flags: argparse.Namespace) -> int:
+    """Hands the runs to SLURM and says how to follow them."""
+    from faenet_ocp.launch.slurm import submit as slurm
+
+    is_sweep, first = flags.sweep_yml is not None, runs[0]
+    folder = first.folder.with_name(first.folder.name.removesuffix("run0") + "sweep") if is_sweep else first.folder
+    for run in runs:
+        slurm.check_same_request(first.config, run.config)
+        if active := slurm.active_jobs(run.folder):
+            raise ValueError(f"{run.folder} is in the queue already, as job {', '.join(active)}; scancel it first")
+    submission = slurm.Submission(first.config, name=folder.name, folder=folder / "slurm")
+    if flags.dry_run:
+        sys.stdout.write(slurm.describe(submission, {run.folder: run.values for run in runs}))
+        return 0
+    for run in runs:
+        _write_configs(run, flags.mode)
+    prepared = [slurm.for_slurm(run.trainer.build(run.folder), run.config) for run in runs]
+    jobs = submission.submit([local_ranks.fairchem_config(job) for job in prepared])
+    for run, job in zip(runs, jobs, strict=True):
+        slurm.note_job(run.folder, job)
+    sys.stdout.write(slurm.report(submission, {run.folder: job for run, job in zip(runs, jobs, strict=True)}))
+    sys.stdout.flush()
+    slurm.warn_of_wait(jobs[0])
+    return 0
+
+
+def _merge(flags: argparse.Namespace, overrides: Sequence[str]) -> dict[str, Any]:
+    """File (or the checkpoint's configuration), overrides and flags, the later ones winning."""
+    import torch
+    from fairchem.core.common.utils import recursive_dict_merge
+
+    from faenet_ocp.checkpoint import load_checkpoint
+    from faenet_ocp.config.schema import find_config, load_yaml, parse_overrides, without_removed
+
+    if flags.config is not None:
+        raw = load_yaml(find_config(flags.config))
+    elif flags.checkpoint is not None and flags.mode != "train":
+        raw = without_removed(load_checkpoint(flags.checkpoint)["config"])
+        raw["job"].pop("identifier", None)
+    else:
+        raise ValueError("--config: missing; e.g. --config configs/is2re/faenet.yml (--help lists the flags)")
+    if flags.checkpoint is not None:
+        flags.checkpoint = str(Path(flags.checkpoint).resolve())
+    raw = recursive_dict_merge(raw, parse_overrides(overrides))
+    job = {name: getattr(flags, name) for name in _JOB_FLAGS if getattr(flags, name) is not None}
+    raw = recursive_dict_merge(raw, {"job": job, "slurm": _slurm_settings(flags)})
+    if not raw["job"].get("cpu") and not flags.submit and not torch.cuda.is_available():
+        logging.info("no GPU is available here: running on the CPU")
+        raw["job"]["cpu"] = True
+    return raw
+
+
+def _slurm_settings(flags: argparse.Namespace) -> dict[str, Any]:
+    from faenet_ocp.config.schema import parse_value
+
+    given = {name: getattr(flags, f"slurm_{name}") for name in _SLURM_FLAGS}
+    settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    extra = {}
+    for option in flags.slurm_extra or ():
+        name, equals, value = option.partition("=")
+        extra[name.removeprefix("--")] = parse_value(value) if equals else True
+    return {**settings, "additional_parameters": extra} if extra else settings
+
+
+def _run_folder(config: Any, mode: str) -> Path:
+    name = config.job.identifier or datetime.now().strftime(f"%Y-%m-%d-%H-%M-%S-{mode}")
+    folder = (Path(config.job.run_dir) / name).resolve()
+    if mode == "validate" and (folder / "results" / "metrics.json").exists():
+        raise ValueError(f"{folder} has results already; choose another --identifier")
+    return folder
+
+
+def _write_configs(run: _Run, mode: str) -> None:
+    name = "config.yml" if mode == "train" else f"config_{mode}.yml"
+    _write_config(run.folder / name, run.config.model_dump(mode="json"))
+    if run.values:
+        _write_config(run.folder / "sweep_values.yml", run.values)
+
+
+def _write_config(path: Path, content: dict[str, Any]) -> None:
+    """Writes the resolved configuration; where a run goes on, says which keys changed and which of them matter."""
+    from faenet_ocp.config.schema import without_removed
+
+    if path.is_file():
+        before, now = _flat(without_removed(yaml.safe_load(path.read_text()))), _flat(content)
+        for key in sorted(set(before) | set(now)):
+            if before.get(key) != now.get(key):
+                matters = not re.match(_HARMLESS_KEYS, key)
+                logging.log(
+                    logging.WARNING if matters else logging.INFO,
+                    "%s: the run began with %r, goes on with %r (%s)",
+                    key,
+                    before.get(key),
+                    now.get(key),
+                    "changes the results" if matters else "changes nothing but how it runs",
+                )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _flat(content: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(content, dict):
+        return {prefix: content}
+    return {
+        key: value
+        for name, part in content.items()
+        for key, value in _flat(part, f"{prefix}.{name}" if prefix else str(name)).items()
+    }
+
+
+def _show(folder: Path, mode: str) -> int:
+    """Prints the table and, as the last line, where everything lies."""
+    table = folder / "results" / "table.md"
+    if mode != "predict" and table.is_file():
+        sys.stdout.write(f"\n{table.read_text(encoding='utf-8')}\n")
+    sys.stdout.write(f"results: {folder}\n")
+    return 0

@@ -1,0 +1,1 @@
+"""Submission to SLURM, the program of each rank, and its first lines."""

@@ -1,0 +1,336 @@
+"""Interaction blocks of FAENet: equation (8) and the variants of it that the paper compares.
+
+With the edge embedding e_ij, the node embeddings h and a filter f_ij per edge (figure 1, Table 6):
+
+    m_i  = sum over edges j -> i of  f_ij * v_j          (elementwise)
+    h_i <- h_i + act(W2 act(W1 act(GraphNorm(m_i))))     W2 only with `complex_mp`
+
+    mp_type            filter f_ij                  value v_j       Table 6
+    base               act(W [e_ij, h_j, h_i])      h_j             baseline
+    simple             act(W e_ij)                  h_j             "Simple MP"
+    basic              e_ij                         h_j             "Basic MP"
+    updownscale        act(W e_ij)                  act(W' h_j)     "Updownscale MP"
+    updownscale_base   act(W [e_ij, h_j, h_i])      act(W' h_j)
+    updown_local_env   W e_ij                       act(W' h_j)     (sum_j e_ij is put beside m_i)
+    base_with_att      a_ij W e_ij                  W' h_j          "Attention mecha"
+    att                m_i = sum_j a_ij (W e_ij + W' h_j), a graph transformer
+
+`basic` is called `simple` in the package faenet 0.1.3, and `sfarinet` in the authors' fork of OCP.
+
+Shapes: N atoms, E edges j -> i, B systems; C hidden_channels, F num_filters; M the channels of a
+message: F for the updown types, else C.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch_geometric.utils import softmax
+
+from faenet_ocp.kernels.cpu_edges import Activation, Knots, Remembered, filtered_sum, segment_sum
+from faenet_ocp.models.norms import RankGraphNorm
+
+
+class Graph(NamedTuple):
+    """What every block uses and none changes.
+
+    Attributes:
+        source: j of every edge, (E,).
+        target: i of every edge, (E,).
+        edge_embedding: e_ij, (E, F).
+        local_env: sum of e_ij over j, (N, F), for `updown_local_env`; else None.
+        norm_batch: system of every atom, (N,); None to normalise over all atoms of the batch.
+        num_systems: B.
+        knots: the last channels of e_ij, as a function of the distance; `edge_embedding` has only the others then.
+        shared: the last S edges have no edge embedding of their own, but that of these rows, (S,); see `filtered_sum`.
+    """
+
+    source: Tensor
+    target: Tensor
+    edge_embedding: Tensor
+    local_env: Tensor | None
+    norm_batch: Tensor | None
+    num_systems: int
+    knots: Knots | None = None
+    shared: Tensor | None = None
+
+
+class BlockOptions(NamedTuple):
+    """Sizes and switches of an interaction block, named as in `FAENet`."""
+
+    hidden_channels: int
+    num_filters: int
+    act: Activation
+    complex_mp: bool
+    graph_norm: bool
+    att_heads: int = 1
+
+
+class _MessageSum(torch.autograd.Function):
+    """m_i = sum over edges j -> i of f_ij * v_j, without keeping the messages.
+
+    Written as plain operations, autograd would keep the filters, the gathered values and the
+    messages, three (E, M) tensors per block; here the filters alone are kept and the rest is
+    gathered again. The backward pass is itself differentiable.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, filters: Tensor, values: Tensor, source: Tensor, target: Tensor) -> Tensor:
+        ctx.save_for_backward(filters, values, source, target)
+        return segment_sum(filters * values.index_select(0, source), target, values.shape[0])
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        filters, values, source, target = ctx.saved_tensors
+        grad = grad_outputs[0].index_select(0, target)
+        grad_filters = (grad * values.index_select(0, source)).to(filters.dtype)
+        grad_values = segment_sum(grad * filters, source, values.shape[0]).to(values.dtype)
+        return grad_filters, grad_values, None, None
+
+
+def sum_messages(filters: Tensor, values: Tensor, graph: Graph) -> Tensor:
+    """m_i = sum over edges j -> i of f_ij * v_j: (E, M), (N, M) -> (N, M).
+
+    Sums have the precision of the values, which under autocast is to be that of the embeddings.
+    """
+    return _MessageSum.apply(filters, values, graph.source, graph.target)
+
+
+def dense(in_channels: int, out_channels: int, *, bias: bool = True) -> nn.Linear:
+    """A linear layer with the authors' initialisation: Xavier-uniform weight, zero bias."""
+    layer = nn.Linear(in_channels, out_channels, bias=bias)
+    nn.init.xavier_uniform_(layer.weight)
+    if bias:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+class EdgeFilter(nn.Module):
+    """f_ij = act(W e_ij + b).
+
+    Attributes:
+        opaque_on_cpu: torch.compile is to leave the sum over edges as it is there (see `compilation`).
+    """
+
+    opaque_on_cpu = False
+
+    def __init__(self, options: BlockOptions, out_channels: int) -> None:
+        super().__init__()
+        self.act = options.act
+        self.lin = dense(sum(self.columns(options)), out_channels)
+        self.at_knots = Remembered()
+
+    def columns(self, options: BlockOptions) -> tuple[int, ...]:
+        """Columns of W that act on each input."""
+        return (options.num_filters,)
+
+    def edge_weight(self, num_channels: int) -> Tensor:
+        """The columns of W that act on e_ij, (M, F), for embeddings h of so many channels."""
+        return self.lin.weight
+
+    def of_nodes(self, h: Tensor) -> Tensor:
+        """What h_j and h_i add to the filters before the activation, beside each other, (N, 2 M)."""
+        bias = self.lin.bias
+        return torch.cat([torch.zeros_like(bias), bias]).expand(len(h), -1)
+
+    def sum_messages(self, h: Tensor, values: Tensor, graph: Graph) -> Tensor:
+        """m_i = sum over edges j -> i of f_ij * v_j, (N, M)."""
+        weight, knots = self.edge_weight(h.shape[1]), None
+        if graph.knots is not None:
+            values_, weight_ = graph.knots.values, weight[:, graph.edge_embedding.shape[1] :]
+            knots = graph.knots._replace(
+                values=self.at_knots(lambda: functional.linear(values_, weight_), weight_, given=values_)
+            )
+            weight = weight[:, : graph.edge_embedding.shape[1]]
+        nodes = self.of_nodes(h)
+        return filtered_sum(
+            graph.edge_embedding,
+            weight,
+            nodes,
+            values,
+            graph.source,
+            graph.target,
+            self.act,
+            knots,
+            graph.shared,
+            opaque=self.opaque_on_cpu and h.device.type == "cpu",
+        )
+
+
+class EdgeNodeFilter(EdgeFilter):
+    """f_ij = act(W [e_ij, h_j, h_i] + b), equation (8).
+
+    The columns of W act on three blocks. Those of the nodes are applied once per atom, and their
+    results, not the embeddings, are gathered per edge: nothing is concatenated per edge, and the
+    large product has F columns instead of F + 2C.
+    """
+
+    def columns(self, options: BlockOptions) -> tuple[int, ...]:
+        return options.num_filters, options.hidden_channels, options.hidden_channels
+
+    def edge_weight(self, num_channels: int) -> Tensor:
+        return self.lin.weight[:, : -2 * num_channels]
+
+    def of_nodes(self, h: Tensor) -> Tensor:
+        w_source, w_target = self.lin.weight[:, -2 * h.shape[1] :].chunk(2, dim=1)
+        return torch.cat([functional.linear(h, w_source), functional.linear(h, w_target, self.lin.bias)], dim=1)
+
+
+FilterType = Callable[[BlockOptions, int], EdgeFilter]
+
+
+class InteractionBlock(nn.Module):
+    """The update of equation (8). Subclasses say what m_i is.
+
+    Args:
+        options: sizes and switches.
+        message_channels: M, the channels of m_i.
+        update_channels: channels that `lin_out` takes; M unless given.
+    """
+
+    def __init__(self, options: BlockOptions, message_channels: int, update_channels: int | None = None) -> None:
+        super().__init__()
+        hidden_channels = options.hidden_channels
+        self.act = options.act
+        self.norm = RankGraphNorm(message_channels) if options.graph_norm else None
+        self.lin_out = dense(update_channels or message_channels, hidden_channels)
+        self.lin_complex = dense(hidden_channels, hidden_channels) if options.complex_mp else None
+
+    def aggregate(self, h: Tensor, graph: Graph) -> Tensor:
+        """The messages of every atom, summed: m_i, (N, M)."""
+        raise NotImplementedError
+
+    def update(self, m: Tensor, graph: Graph) -> Tensor:
+        """From messages, (N, M), back to hidden channels, (N, C)."""
+        return self.act(self.lin_out(m))
+
+    def forward(self, h: Tensor, graph: Graph) -> Tensor:
+        """Node embeddings (N, C) -> updated node embeddings (N, C)."""
+        m = self.aggregate(h, graph)
+        if self.norm is not None:
+            m = self.act(self.norm(m, graph.norm_batch, graph.num_systems))
+        m = self.update(m, graph)
+        if self.lin_complex is not None:
+            m = self.act(self.lin_complex(m))
+        return h + m
+
+
+class Convolution(InteractionBlock):
+    """m_i = sum_j f_ij * h_j: `base`, `simple` and `basic`.
+
+    Args:
+        options: sizes and switches.
+        filter_type: what makes f_ij; None takes e_ij itself and needs F = C.
+    """
+
+    def __init__(self, options: BlockOptions, filter_type: FilterType | None) -> None:
+        super().__init__(options, message_channels=options.hidden_channels)
+        self.filter = filter_type and filter_type(options, options.hidden_channels)
+
+    def aggregate(self, h: Tensor, graph: Graph) -> Tensor:
+        """Sum of the filtered embeddings of the neighbours, (N, C)."""
+        if self.filter is None:
+            return sum_messages(graph.edge_embedding, h, graph)
+        return self.filter.sum_messages(h, h, graph)
+
+
+class UpDownConvolution(InteractionBlock):
+    """m_i = sum_j f_ij * act(W' h_j): `updownscale` and `updownscale_base`.
+
+    Args:
+        options: sizes and switches.
+        filter_type: what makes f_ij.
+    """
+
+    def __init__(self, options: BlockOptions, filter_type: FilterType) -> None:
+        super().__init__(options, message_channels=options.num_filters)
+        self.lin_down = dense(options.hidden_channels, options.num_filters)
+        self.filter = filter_type(options, options.num_filters)
+
+    def aggregate(self, h: Tensor, graph: Graph) -> Tensor:
+        """Sum of the filtered, scaled-down embeddings of the neighbours, (N, F)."""
+        values = self.act(self.lin_down(h)).to(h.dtype)
+        return self.filter.sum_messages(h, values, graph)
+
+
+class LocalEnvConvolution(InteractionBlock):
+    """Convolution with a linear filter of e_ij; the update also sees the sum of e_ij itself.
+
+    Args:
+        options: sizes and switches.
+    """
+
+    def __init__(self, options: BlockOptions) -> None:
+        filters = options.num_filters
+        super().__init__(options, message_channels=filters, update_channels=2 * filters)
+        self.lin_down = dense(options.hidden_channels, filters)
+        self.lin_filter = dense(filters, filters)
+
+    def aggregate(self, h: Tensor, graph: Graph) -> Tensor:
+        """Sum of the filtered, scaled-down embeddings of the neighbours, (N, F)."""
+        values = self.act(self.lin_down(h)).to(h.dtype)
+        return sum_messages(self.lin_filter(graph.edge_embedding), values, graph)
+
+    def update(self, m: Tensor, graph: Graph) -> Tensor:
+        """Messages and local environment to hidden channels, (N, C); linear."""
+        if graph.local_env is None:
+            raise ValueError("mp_type 'updown_local_env' needs graph.local_env")
+        return self.lin_out(torch.cat([m, graph.local_env], dim=1))
+
+
+class Attention(InteractionBlock):
+    """Messages weighted by attention: `base_with_att` and `att`.
+
+    a_ij is the softmax over the neighbours j of q_i . k_ij / sqrt(C), k_ij = K h_j, to which `att`
+    adds W e_ij. The mean is taken over the heads. The keys have no bias: it would shift all
+    neighbours of an atom alike, which the softmax does not see.
+
+    Args:
+        options: sizes and switches.
+        multiply: whether W e_ij multiplies the values (`base_with_att`) or is added to keys and
+            values (`att`).
+    """
+
+    def __init__(self, options: BlockOptions, multiply: bool) -> None:
+        channels = options.hidden_channels
+        super().__init__(options, message_channels=channels)
+        self.multiply = multiply
+        self.heads = options.att_heads
+        self.lin_query = dense(channels, self.heads * channels)
+        self.lin_key = dense(channels, self.heads * channels, bias=False)
+        self.lin_value = dense(channels, self.heads * channels)
+        self.lin_edge = dense(options.num_filters, self.heads * channels, bias=False)
+
+    def aggregate(self, h: Tensor, graph: Graph) -> Tensor:
+        """Sum of the messages weighted by attention, (N, C)."""
+        num_atoms, channels = h.shape
+        shape = (-1, self.heads, channels)
+        edges = self.lin_edge(graph.edge_embedding).view(shape)
+        query = self.lin_query(h).view(shape).index_select(0, graph.target)
+        key = self.lin_key(h).view(shape).index_select(0, graph.source)
+        value = self.lin_value(h).view(shape).index_select(0, graph.source)
+        if not self.multiply:
+            key = key + edges
+        scores = (query * key).sum(dim=-1) / math.sqrt(channels)  # (E, heads)
+        weights = softmax(scores.to(h.dtype), graph.target, num_nodes=num_atoms).unsqueeze(-1)
+        messages = weights * (value * edges if self.multiply else value + edges)
+        return segment_sum(messages, graph.target, num_atoms).mean(dim=1)
+
+
+MP_TYPES: dict[str, Callable[[BlockOptions], InteractionBlock]] = {
+    "base": partial(Convolution, filter_type=EdgeNodeFilter),
+    "simple": partial(Convolution, filter_type=EdgeFilter),
+    "basic": partial(Convolution, filter_type=None),
+    "updownscale": partial(UpDownConvolution, filter_type=EdgeFilter),
+    "updownscale_base": partial(UpDownConvolution, filter_type=EdgeNodeFilter),
+    "updown_local_env": LocalEnvConvolution,
+    "base_with_att": partial(Attention, multiply=True),
+    "att": partial(Attention, multiply=False),
+}
+"""Interaction block by the name of its message passing."""
+TABULATED = ("base", "simple", "updownscale", "updownscale_base")
+"""Those that take a part of the edge embedding as a function of the distance, `Graph.knots`, and shared ones."""

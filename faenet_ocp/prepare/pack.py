@@ -1,0 +1,230 @@
+"""OC20's LMDB files to packed ones (``packed_records``): in several processes, resumable, compared with their source.
+
+A packed file has the name of its source and gets it when it is whole, on disk, and every record of it has been read
+back and compared. Until then it is a hidden file with the ending `.partial`, to which the next call adds what is
+missing: records are added in order and in transactions, so a killed call leaves the first n of them.
+"""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import lmdb
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from faenet_ocp.common.pool import ordered_map
+from faenet_ocp.data.batch import Fields
+from faenet_ocp.data.lmdb_files import PACKED_KEY, LmdbFile, resolve_files
+from faenet_ocp.data.lmdb_records import RecordError, decode_record
+from faenet_ocp.data.packed import PackedFile, write_header
+from faenet_ocp.data.packed_records import LEFT_OUT, decode_packed, encode_packed, prepare_edges
+from faenet_ocp.prepare.lmdb_writer import METADATA_NAME, exclusive, publish, write_metadata
+
+logger = logging.getLogger(__name__)
+
+_SOURCE_KEY = b"source"
+LOCK_NAME = ".packing.lock"
+_RECORDS_PER_TASK = 64
+_INITIAL_MAP_SIZE = 1 << 28
+
+
+def pack(data_path: str | Path, out_path: str | Path, *, num_workers: int = 1) -> int:
+    """Pack all LMDB files below a folder, or one file, or finish what an earlier call began.
+
+    Args:
+        data_path: a folder, for example OC20's `data`, or a file.
+        out_path: folder of the packed files, at the same places below it, each folder with a `metadata.npz`.
+        num_workers: processes; what is written does not depend on it.
+
+    Returns:
+        The number of records in all packed files.
+
+    Raises:
+        ValueError: wrong arguments, a record that cannot be read, files there that are not from this source.
+        RuntimeError: what was written does not agree with the source, or a process died.
+        OSError: reading or writing fails.
+    """
+    data_path, out_path = Path(data_path), Path(out_path)
+    if num_workers < 1:
+        raise ValueError(f"num_workers: {num_workers} is not at least 1")
+    if data_path.resolve() == out_path.resolve():
+        raise ValueError(f"{out_path}: is the folder of the data; choose another one")
+    folders = sorted({path.parent for path in data_path.rglob("*.lmdb")}) if data_path.is_dir() else [data_path]
+    if not folders:
+        raise ValueError(f"{data_path}: no *.lmdb file is there or below")
+    total = 0
+    out_path.mkdir(parents=True, exist_ok=True)
+    with exclusive(out_path / LOCK_NAME, out_path):
+        for folder in folders:
+            sources = [LmdbFile(path) for path in resolve_files(folder)]
+            target = out_path / folder.relative_to(data_path) if data_path.is_dir() else out_path
+            target.mkdir(parents=True, exist_ok=True)
+            sizes = [_pack_file(source, target / source.path.name, num_workers) for source in sources]
+            natoms, neighbors = (np.concatenate([pair[column] for pair in sizes]) for column in (0, 1))
+            if len(natoms) and not _has_metadata(target, natoms):
+                write_metadata(target, natoms=natoms, neighbors=neighbors if neighbors.any() else None)
+            total += len(natoms)
+    return total
+
+
+def _has_metadata(folder: Path, natoms: NDArray[np.int64]) -> bool:
+    path = folder / METADATA_NAME
+    if not path.is_file():
+        return False
+    with np.load(path, allow_pickle=False) as known:
+        return bool(np.array_equal(known["natoms"], natoms))
+
+
+# One file
+
+
+def _pack_file(source: LmdbFile, target: Path, num_workers: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Pack one file; natoms and neighbors of its records."""
+    made_from = {"name": source.path.name, "bytes": source.path.stat().st_size, "records": len(source)}
+    if target.exists():
+        if PackedFile(target).header["source"] != made_from:
+            raise ValueError(f"{target}: was packed from another file than {source.path}; remove it")
+        logger.info("%s is packed already", target)
+    else:
+        _write(source, target, made_from, num_workers)
+    with lmdb.open(str(target), subdir=False, readonly=True, lock=False) as env, env.begin() as txn:
+        sizes = [np.frombuffer(txn.get(name), "<i8") for name in (b"natoms", b"neighbors")]
+    return sizes[0], sizes[1]
+
+
+def _write(source: LmdbFile, target: Path, made_from: dict[str, Any], num_workers: int) -> None:
+    partial = target.with_name(f".{target.name}.partial")
+    with _Partial(partial, json.dumps(made_from).encode()) as file:
+        begun = file.count()
+        if begun:
+            logger.info("%s: %d of %d records are packed already", target, begun, len(source))
+        with tqdm(total=2 * len(source), initial=begun, unit="record", desc=f"packing {target.name}") as bar:
+            for values in ordered_map(_encode, _tasks(source, begun), num_workers):
+                file.put(values)
+                bar.update(len(values))
+            file.env.sync(True)
+            sizes = []
+            try:
+                tasks = [(source, partial, *task[1:]) for task in _tasks(source, 0)]
+                for part in ordered_map(_compare, tasks, num_workers):
+                    sizes += part
+                    bar.update(len(part))
+            except RecordError as error:
+                raise RuntimeError(f"{target}: {error}; remove {partial} and start again") from error
+        natoms, neighbors = np.array(sizes, dtype="<i8").reshape(-1, 2).T
+        header = write_header(count=len(source), source=made_from)
+        file.put([(b"natoms", natoms.tobytes()), (b"neighbors", neighbors.tobytes()), (PACKED_KEY, header)])
+    publish(partial, target)
+
+
+def _tasks(source: LmdbFile, begin: int) -> list[tuple[LmdbFile, int, int]]:
+    starts = range(begin, len(source), _RECORDS_PER_TASK)
+    return [(source, start, min(start + _RECORDS_PER_TASK, len(source))) for start in starts]
+
+
+def _encode(source: LmdbFile, start: int, stop: int) -> list[tuple[bytes, bytes]]:
+    """Keys and values of some records."""
+    items = []
+    for position in range(start, stop):
+        try:
+            value = encode_packed(prepare_edges(decode_record(source.read(position))))
+        except RecordError as error:
+            raise RecordError(f"{source.path}: record {source.numbers[position]} {error}") from error
+        items.append((b"%d" % position, value))
+    return items
+
+
+def _compare(source: LmdbFile, partial: Path, start: int, stop: int) -> list[tuple[int, int]]:
+    """Read packed records back and compare them with their source; atoms and edges of each."""
+    sizes = []
+    with lmdb.open(str(partial), subdir=False, readonly=True, lock=False) as env, env.begin() as txn:
+        for position in range(start, stop):
+            value = txn.get(b"%d" % position)
+            original = decode_record(source.read(position))
+            try:
+                packed = decode_packed(value or b"")
+            except RecordError as error:
+                raise RecordError(f"record {position} {error}") from error
+            found, expected = _sorted_edges(packed), _sorted_edges(original)
+            for name, item in expected.items():
+                if name not in LEFT_OUT and not _same(item, found.get(name)):
+                    raise RecordError(f"record {position} differs from {source.path} in {name}")
+            sizes.append((_length(packed, "pos", 0), _length(packed, "edge_index", 1)))
+    return sizes
+
+
+def _sorted_edges(fields: Fields) -> Fields:
+    """The fields with edges, if there are any, in one order."""
+    index, offsets = np.asarray(fields.get("edge_index", ())), np.asarray(fields.get("cell_offsets", ()))
+    if index.ndim != 2 or offsets.shape != (index.shape[1], 3):
+        return fields
+    order = np.lexsort(np.concatenate([index, offsets.T]))
+    return {**fields, "edge_index": index[:, order], "cell_offsets": offsets[order]}
+
+
+def _same(original: Any, packed: Any) -> bool:
+    if isinstance(original, str) or isinstance(packed, str):
+        return original == packed
+    left, right = np.asarray(original), np.asarray(packed)
+    if packed is None or left.shape != right.shape:
+        return False
+    return bool(np.array_equal(left, right, equal_nan="f" in (left.dtype.kind, right.dtype.kind)))
+
+
+def _length(fields: Fields, name: str, axis: int) -> int:
+    shape = np.shape(fields.get(name, ()))
+    return shape[axis] if len(shape) > axis else 0
+
+
+class _Partial:
+    """The unfinished file: records 0 to n-1 of the source that it names, in whole transactions."""
+
+    def __init__(self, path: Path, made_from: bytes):
+        self.path = path
+        self.env = self._open()
+        with self.env.begin() as txn:
+            known = txn.get(_SOURCE_KEY)
+        if known not in (None, made_from):
+            logger.warning("%s: was begun from another file and is begun again", path)
+            self.env.close()
+            path.unlink()
+            self.env = self._open()
+        self.put([(_SOURCE_KEY, made_from)])
+
+    def __enter__(self) -> "_Partial":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.env.sync(True)
+        self.env.close()
+
+    def count(self) -> int:
+        """Number of records."""
+        names = (_SOURCE_KEY, PACKED_KEY, b"natoms", b"neighbors")
+        with self.env.begin() as txn:
+            return txn.stat()["entries"] - sum(txn.get(name) is not None for name in names)
+
+    def put(self, items: list[tuple[bytes, bytes]]) -> None:
+        """Write items in one transaction; while it does not fit, grow the map and try again."""
+        while True:
+            try:
+                with self.env.begin(write=True) as txn, txn.cursor() as cursor:
+                    cursor.putmulti(items)
+                return
+            except lmdb.MapFullError:
+                size = sum(len(value) for _, value in items)
+                self.env.set_mapsize(2 * self.env.info()["map_size"] + 2 * size)
+
+    def _open(self) -> lmdb.Environment:
+        # LMDB need not lock: `exclusive` keeps others out. No sync but at the end: a kill loses nothing, and what a
+        # failing machine loses is found when the records are read back.
+        size = max(_INITIAL_MAP_SIZE, 2 * self.path.stat().st_size) if self.path.exists() else _INITIAL_MAP_SIZE
+        try:
+            return lmdb.open(
+                str(self.path), subdir=False, map_size=size, lock=False, sync=False, metasync=False, mode=0o644
+            )
+        except lmdb.Error as error:
+            raise ValueError(f"{self.path}: cannot be continued ({error}); remove it") from error

@@ -1,0 +1,4 @@
+"""What is trained on: normalised <-> physical units, losses, references of energies.
+
+The only owners of units.
+"""

@@ -1,0 +1,1 @@
+"""The registered trainer: what a run owns, what a step does, what is logged."""

@@ -1,0 +1,360 @@
+"""One training run on one rank: label statistics, the loop, checkpoints, early and final evaluation."""
+
+import json
+import logging
+import signal
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from fairchem.core.common import distutils
+from numpy.typing import NDArray
+from torch.utils.data import Dataset, Sampler
+from torchtnt.framework import State, train
+from torchtnt.framework.callback import Callback
+from tqdm import tqdm
+
+from faenet_ocp import build
+from faenet_ocp.checkpoint import (
+    load_checkpoint,
+    load_newest,
+    load_weights,
+    remove_leftovers,
+    save_checkpoint,
+    save_step,
+    step_checkpoints,
+)
+from faenet_ocp.config.schema import SourceConfig
+from faenet_ocp.data.loader import Batches, Key, TrainBatchSampler, even_slice, make_loader
+from faenet_ocp.evaluation.metrics import write_json
+from faenet_ocp.tasks.references import CompositionFit, CompositionRegression
+from faenet_ocp.tasks.tasks import SummedLoss, load_tasks_state, make_tasks, needs_fit, tasks_state
+from faenet_ocp.training.loggers import MetricLogger
+from faenet_ocp.training.unit import OCPTrainUnit
+
+if TYPE_CHECKING:
+    from faenet_ocp.training.trainer import OCPRunner
+
+_STATISTICS_LIMIT = 1_000_000
+_HIGHER_IS_BETTER = ("within_threshold", "cosine_similarity")
+
+
+class TrainingRun:
+    """One training run on this rank: statistics, loop, checkpoints, early and final evaluation."""
+
+    def __init__(self, runner: "OCPRunner"):
+        self.runner, self.config, self.folder = runner, runner.config, runner.folder
+        self.checkpoints = self.folder / "checkpoints"
+        self.best: dict[str, Any] = {"value": None, "step": None}
+        self.epoch_seconds: list[float] = []
+        self.pending_evaluation = False
+        self.stepping, self.stop_code = False, 128 + signal.SIGTERM
+        self.logger: MetricLogger | None = None
+
+    def run(self) -> None:
+        """Trains to the end (from the newest checkpoint, if there is one), then evaluates the best weights."""
+        config, source = self.config, self.config.dataset.train
+        if source is None:
+            raise ValueError("dataset.train: missing; it says where the training set lies")
+        self.fit = self._statistics(source)
+        dataset = build.make_dataset(config, source, training=True, cache_dir=self.folder / "cache")
+        optim = config.optim
+        sampler = TrainBatchSampler(
+            len(dataset),  # type: ignore[arg-type]
+            optim.batch_size,
+            seed=config.job.seed,
+            rank=distutils.get_rank(),
+            world_size=distutils.get_world_size(),
+            num_chunks=optim.grad_accumulation,
+            sizes=self._sizes(dataset) if optim.balance == "atoms" else None,
+        )
+        loader = make_loader(
+            dataset,
+            sampler,
+            num_workers=optim.num_workers,
+            num_chunks=optim.grad_accumulation,
+            persistent=True,
+            context=optim.worker_context,
+            pin_memory=not config.job.cpu,
+        )
+        self.tasks = make_tasks(config, self.fit)
+        self.unit = OCPTrainUnit(
+            job_config=self.runner.job_config,
+            model=build.make_model(config),
+            tasks=self.tasks,
+            optim=optim,
+            gradient_loss=SummedLoss(config.losses["gradient"]) if "gradient" in config.losses else None,
+            steps_per_epoch=len(sampler),
+            amp=config.job.amp,
+            print_every=config.job.print_every,
+            failures=self.folder / "failures",
+        )
+        self._resume()
+        if distutils.is_master():
+            self.logger = self.unit.metric_logger = MetricLogger(
+                config.logger,
+                self.folder / "logs",
+                identifier=self.folder.name,
+                config=config.model_dump(mode="json"),
+                step=self.unit.train_progress.num_steps_completed,
+                evaluated=not self.pending_evaluation,
+                lenient=optim.on_write_error == "warn",
+            )
+        if self.pending_evaluation:  # the run ended between the end of an epoch and its evaluation
+            self.evaluate_and_save()
+        self.stepping = True
+        try:
+            train(self.unit, loader, max_epochs=optim.max_epochs, max_steps=optim.max_steps, callbacks=[_Hooks(self)])
+        finally:
+            self.stepping = False
+            if self.logger is not None:
+                self.logger.close()
+        self._final_report()
+
+    def request_stop(self, status: int) -> bool:
+        """Asks for a checkpoint after the present step and an end with this exit status, on all ranks.
+
+        Returns:
+            False when there is no step to wait for and nothing to save: before and after training, and while it is
+            interrupted by an evaluation, with which the run will go on.
+        """
+        if not self.stepping:
+            return False
+        self.unit.stop_requested, self.stop_code = True, status
+        return True
+
+    def _resume(self) -> None:
+        if distutils.is_master():
+            remove_leftovers(self.checkpoints)
+        found = load_newest(self.checkpoints)
+        if found is None:
+            if self.runner.checkpoint is not None:
+                self._fine_tune(self.runner.checkpoint)
+            return
+        path, state = found
+        try:
+            self.unit.load_state_dict(state)
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise ValueError(f"{path} does not fit this configuration: {error}") from error
+        load_tasks_state(self.tasks, state["tasks"])
+        self.best, self.epoch_seconds = state["best"], state["epoch_seconds"]
+        self.pending_evaluation = state["pending_evaluation"]
+        logging.info("going on from %s", path)
+
+    def _fine_tune(self, path: str) -> None:
+        """Begins with the weights of another run, and with its units, which belong to the weights."""
+        state = load_checkpoint(path)
+        load_weights(self.unit.raw_model, state)
+        load_tasks_state(self.tasks, state["tasks"])
+        if self.unit.ema_model is not None:
+            self.unit.ema_model.module.load_state_dict(self.unit.raw_model.state_dict())
+        logging.info("beginning with the weights of %s", path)
+
+    def state(self) -> dict[str, Any]:
+        """All that a checkpoint holds beside format and versions."""
+        return {
+            **self.unit.state_dict(),
+            "config": self.config.model_dump(mode="json"),
+            "tasks": tasks_state(self.tasks),
+            "statistics": self.fit.to_dict() if self.fit else None,
+            "best": self.best,
+            "epoch_seconds": self.epoch_seconds,
+            "pending_evaluation": self.pending_evaluation,
+        }
+
+    def save(self) -> None:
+        """Saves the periodic checkpoint of the present step (first rank; the others wait)."""
+        step, keep = self.unit.train_progress.num_steps_completed, self.config.optim.keep_checkpoints
+        self._write(lambda: save_step(self.checkpoints, step, self.state(), keep=keep))
+
+    def _write(self, write: Callable[[], object]) -> None:
+        """Writes on the first rank; all ranks learn whether it could.
+
+        Raises:
+            OSError: it could not, and the run is to stop then.
+        """
+        reason: list[str | None] = [None]
+        if distutils.is_master():
+            try:
+                write()
+            except OSError as error:
+                reason[0] = f"{error.strerror or error}, {error.filename or self.checkpoints}"
+        if distutils.get_world_size() > 1:
+            dist.broadcast_object_list(reason, src=0, group=self.unit.cpu_group)
+        if reason[0] is None:
+            return
+        newest = step_checkpoints(self.checkpoints)
+        message = f"a checkpoint could not be written: {reason[0]}; the newest is {newest[-1] if newest else 'none'}"
+        if self.config.optim.on_write_error == "stop":
+            raise OSError(message)
+        if distutils.is_master():
+            logging.warning("%s. Going on without", message)
+
+    def evaluate_and_save(self) -> None:
+        """Saves, evaluates, and saves again: a run that ends in between evaluates first when it goes on."""
+        self.pending_evaluation, stepping, start = True, self.stepping, time.perf_counter()
+        self.save()
+        self.stepping = False
+        if self.unit.stop_requested:  # the signal came while saving
+            raise SystemExit(self.stop_code)
+        self.evaluate()
+        self.pending_evaluation, self.stepping = False, stepping
+        self.save()
+        self.unit.leave_out(time.perf_counter() - start)
+
+    def evaluate(self) -> None:
+        """Evaluates all splits with the present weights, logs the metrics, keeps the weights if they are the best."""
+        if not self.config.dataset.val:
+            return
+        limit = self.config.evaluation_metrics.max_systems
+        outcomes = self.runner.evaluate(self.unit.eval_model, self.tasks, self.fit, max_systems=limit)
+        step = self.unit.train_progress.num_steps_completed
+        if self.logger is not None:
+            values = {f"{s}/{name}": value for s, o in outcomes.items() for name, value in o.metrics.items()}
+            self.logger.log(step, step / self.unit.steps_per_epoch, values)
+        primary = self.config.evaluation_metrics.primary_metric
+        value = outcomes[primary.split].metrics[primary.metric]
+        shown = ", ".join(f"{s} {o.metrics[primary.metric]:.4f}" for s, o in outcomes.items())
+        logging.info("step %d: %s: %s", step, primary.metric, shown)
+        if self._is_best(value):
+            self.best = {"value": value, "step": step}
+            self._write(lambda: save_checkpoint(self.checkpoints / "best.pt", self.state()))
+
+    def _is_best(self, value: float) -> bool:
+        best = self.best["value"]
+        if best is None:
+            return True
+        higher = any(word in self.config.evaluation_metrics.primary_metric.metric for word in _HIGHER_IS_BETTER)
+        return value > best if higher else value < best
+
+    def _final_report(self) -> None:
+        path = self.checkpoints / "best.pt"
+        results = self.folder / "results" / "metrics.json"
+        if not self.config.dataset.val or not path.is_file():
+            return
+        state = load_checkpoint(path)
+        if results.is_file() and json.loads(results.read_text())["run"]["step"] == self.best["step"]:
+            logging.info("the run is finished and reported")
+            return
+        load_weights(self.unit.raw_model, state)
+        outcomes = self.runner.evaluate(self.unit.raw_model, self.tasks, self.fit)
+        self.runner.report(self.unit.raw_model, outcomes, state | {"epoch_seconds": self.epoch_seconds}, str(path))
+
+    # ---------------------------------------------------------------------------------- statistics
+    def _statistics(self, source: SourceConfig) -> CompositionFit | None:
+        """Least squares on compositions and label statistics of the training set, kept in `statistics.json`."""
+        if not needs_fit(self.config) and not self.config.dataset.val:
+            return None
+        path = self.folder / "statistics.json"
+        dataset = build.make_label_dataset(self.config, source)
+        total = len(dataset)  # type: ignore[arg-type]
+        key = {"src": source.src, "root": self.config.dataset.root, "num_systems": total}
+        if path.is_file():
+            known = json.loads(path.read_text())
+            if known["training_set"] == key:
+                return CompositionFit.from_dict(known["fit"])
+        regression = self._collect(dataset, total)
+        fit = regression.solve()
+        if distutils.is_master():
+            write_json({"training_set": key, "fit": fit.to_dict()}, path)
+        return fit
+
+    def _collect(self, dataset: Dataset, total: int) -> CompositionRegression:
+        """Sums over the training set, each rank its share; above a million systems, a million spread evenly."""
+        used = min(total, _STATISTICS_LIMIT)
+        if used < total:
+            logging.warning("baselines and fits use %d of %d training systems, spread evenly", used, total)
+        chosen = (np.arange(used) * total) // used
+        mine = chosen[even_slice(used, distutils.get_world_size(), distutils.get_rank())]
+        batches = [[(0, int(i)) for i in mine[start : start + 512]] for start in range(0, len(mine), 512)]
+        optim = self.config.optim
+        loader = make_loader(
+            dataset,
+            _Listed(batches),
+            num_workers=optim.num_workers,
+            context=optim.worker_context,
+            convert=_labels_only,
+        )
+        regression = CompositionRegression()
+        hidden = None if distutils.is_master() else True
+        bar = tqdm(loader, desc="label statistics", unit="batch", leave=False, disable=hidden)
+        for composition, energy in bar:
+            regression.update(composition, energy)
+        if distutils.get_world_size() > 1:
+            sums = regression.sums.to(distutils.get_device_for_local_rank())
+            dist.all_reduce(sums)
+            regression.sums = sums.cpu()
+        return regression
+
+    def _sizes(self, dataset: Dataset) -> NDArray[np.integer]:
+        """Atoms of every training sample: the first rank looks at all if need be, the others take it from there."""
+        natoms = getattr(dataset, "natoms", None)
+        if natoms is None:
+            raise ValueError("optim.balance: atoms: the data set does not know its sizes (it has no method natoms)")
+        for first in (True, False):
+            if distutils.is_master() == first:
+                sizes = natoms()
+            distutils.synchronize()
+        return sizes
+
+
+class _Hooks(Callback):
+    """When to evaluate and save."""
+
+    def __init__(self, run: TrainingRun):
+        self.run, self.optim = run, run.config.optim
+        self.epoch_start: float | None = None
+        self.paused = 0.0
+
+    def on_train_epoch_start(self, state: State, unit: Any) -> None:
+        self.epoch_start, self.paused = time.perf_counter(), 0.0
+
+    def on_train_step_end(self, state: State, unit: Any) -> None:
+        before, step = time.perf_counter(), unit.train_progress.num_steps_completed
+        if unit.train_progress.num_steps_completed_in_epoch == unit.steps_per_epoch:
+            return  # the end of the epoch does it
+        if self.optim.eval_every and step % self.optim.eval_every == 0:
+            self.run.evaluate_and_save()
+        elif unit.stopping or (self.optim.checkpoint_every and step % self.optim.checkpoint_every == 0):
+            self.run.save()
+        self.paused += time.perf_counter() - before
+        self._stop_if_asked(unit)
+
+    def on_train_epoch_end(self, state: State, unit: Any) -> None:
+        if self.epoch_start is not None:  # an epoch that a resumed run only finished is not timed
+            self.run.epoch_seconds.append(time.perf_counter() - self.epoch_start - self.paused)
+            self.epoch_start = None
+        progress = unit.train_progress
+        every, done = self.optim.eval_every_epochs, progress.num_epochs_completed >= self.optim.max_epochs
+        stopped = self.optim.max_steps is not None and progress.num_steps_completed >= self.optim.max_steps
+        due = self.optim.eval_every and progress.num_steps_completed % self.optim.eval_every == 0
+        if done or stopped or due or (every and progress.num_epochs_completed % every == 0):
+            self.run.evaluate_and_save()
+        else:
+            self.run.save()
+        self._stop_if_asked(unit)
+
+    def _stop_if_asked(self, unit: Any) -> None:
+        if unit.stopping:
+            if distutils.is_master():
+                logging.warning("stopped; the same command goes on from %s", self.run.checkpoints / "last.pt")
+            raise SystemExit(self.run.stop_code)
+
+
+class _Listed(Sampler[list[Key]]):
+    def __init__(self, batches: list[list[Key]]):
+        self.batches = batches
+
+    def __iter__(self) -> Any:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+def _labels_only(batches: Batches) -> tuple[torch.Tensor, torch.Tensor]:
+    (batch,) = batches
+    return batch.composition, batch.energy

@@ -1,0 +1,356 @@
+"""The training step: what fairchem's MLIPTrainEvalUnit lacks for OC20, and nothing else.
+
+Differences from the parent: losses are exact means over the global batch on any number of ranks and micro-batches; the
+EMA warms up; the state is plain data for a single-file checkpoint; throughput and the wait for data are logged.
+"""
+
+import contextlib
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from fairchem.core.common import distutils
+from fairchem.core.datasets.atomic_data import AtomicData
+from fairchem.core.units.mlip_unit.mlip_unit import MLIPTrainEvalUnit, Task
+from omegaconf import DictConfig
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel
+from torchtnt.framework import State
+from tqdm import tqdm
+
+from faenet_ocp.config.schema import OptimConfig
+from faenet_ocp.data.loader import Batches
+from faenet_ocp.tasks.tasks import SummedLoss, energy_gradient_forces, loss_mask, task_loss
+from faenet_ocp.training.loggers import MetricLogger
+
+_Tensors = tuple[Tensor, ...] | list[Tensor]
+
+
+def learning_rate_schedule(optim: OptimConfig, total_steps: int) -> Callable[[int], float]:
+    """Factor of `lr_initial` by step: linear warm-up from `warmup_factor` to 1, then a cosine down to `lr_min_factor`.
+
+    Steps count optimiser steps; the cosine ends at the last step of training.
+    """
+    warmup = optim.warmup_steps
+    if warmup >= total_steps and optim.scheduler == "linear_warmup_cosine":
+        logging.warning(
+            "optim.warmup_steps: %d, but training has only %d steps: the learning rate never reaches lr_initial",
+            warmup,
+            total_steps,
+        )
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return optim.warmup_factor + (1 - optim.warmup_factor) * step / warmup
+        if optim.scheduler == "constant":
+            return 1.0
+        progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
+        return optim.lr_min_factor + (1 - optim.lr_min_factor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    return factor
+
+
+def make_optimizer(optim: OptimConfig) -> Callable[..., torch.optim.Optimizer]:
+    """The optimiser of `torch.optim` that the config names, called with `params`.
+
+    Raises:
+        ValueError: there is no such optimiser, or it does not take the given arguments.
+    """
+    cls = getattr(torch.optim, optim.optimizer, None)
+    if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
+        raise ValueError(f"optim.optimizer: torch.optim has no optimiser {optim.optimizer!r}; e.g. AdamW, Adam, SGD")
+    arguments = {"lr": optim.lr_initial, "weight_decay": optim.weight_decay, **optim.optimizer_params}
+
+    def build(params: Any) -> torch.optim.Optimizer:
+        try:
+            return cls(params, **arguments)
+        except TypeError as error:
+            raise ValueError(f"optim.optimizer_params: {optim.optimizer}: {error}") from error
+
+    build.keywords = {}  # type: ignore[attr-defined]  # fairchem looks here for a decay to exempt parameters from
+    return build
+
+
+class OCPTrainUnit(MLIPTrainEvalUnit):
+    """One optimiser step for each list of micro-batches.
+
+    Args:
+        job_config: fairchem's job section.
+        model: on the CPU, unwrapped.
+        tasks: see `tasks.make_tasks`.
+        optim: the `optim:` section.
+        gradient_loss: the third term of eq. (9): predicted forces against -dE/dX, a constant target. The frames are
+            constants in the derivative.
+        steps_per_epoch: optimiser steps of an epoch.
+        amp: bfloat16 autocast in the forward pass.
+        print_every: steps between reports.
+        failures: folder for what is needed to look into a step whose gradient is not finite.
+
+    Attributes:
+        stop_requested: set it (on any rank) to have all ranks stop after the same step.
+        stopping: true on all ranks once that step has come.
+        num_skipped: steps left out because their gradient was not finite.
+    """
+
+    def __init__(
+        self,
+        *,
+        job_config: DictConfig,
+        model: nn.Module,
+        tasks: Sequence[Task],
+        optim: OptimConfig,
+        gradient_loss: SummedLoss | None,
+        steps_per_epoch: int,
+        amp: bool,
+        print_every: int,
+        failures: Path,
+    ):
+        total = optim.max_epochs * steps_per_epoch
+        self.total_steps = min(total, optim.max_steps) if optim.max_steps else total
+        schedule = learning_rate_schedule(optim, self.total_steps)
+        super().__init__(
+            job_config=job_config,
+            model=model,
+            optimizer_fn=make_optimizer(optim),
+            cosine_lr_scheduler_fn=lambda n_iters_per_epoch, optimizer: LambdaLR(optimizer, schedule),
+            tasks=[task for task in tasks if task.loss_fn is not None],
+            bf16=amp,
+            print_every=print_every,
+            clip_grad_norm=optim.clip_grad_norm,
+            ema_decay=None,
+            save_inference_ckpt=False,
+        )
+        self.load_scheduler(steps_per_epoch)
+        self.all_tasks, self.gradient_loss = list(tasks), gradient_loss
+        self.loss_names = [task.name for task in self.tasks] + (["gradient"] if gradient_loss else [])
+        if optim.ema_decay is not None:
+            self.ema_model = AveragedModel(self.raw_model, multi_avg_fn=_warming_ema(optim.ema_decay))
+        self.steps_per_epoch = steps_per_epoch
+        self.failures = failures
+        self.num_skipped, self.max_skipped = 0, optim.skip_nonfinite
+        self.stop_requested = self.stopping = False
+        # Counts and stop requests are known on the CPU: no need to wait for the GPU to share them.
+        self.cpu_group = dist.new_group(backend="gloo") if distutils.get_world_size() > 1 else None
+        self.metric_logger: MetricLogger | None = None
+        self._progress_bar: tqdm | None = None
+        self._reset_window()
+
+    @property
+    def raw_model(self) -> nn.Module:
+        """The model without DDP."""
+        return self.model.module if hasattr(self.model, "module") else self.model
+
+    @property
+    def eval_model(self) -> nn.Module:
+        """What is evaluated: the EMA of the weights where there is one."""
+        return self.raw_model if self.ema_model is None else self.ema_model.module
+
+    def train_step(self, state: State, data: Batches) -> None:
+        """Forward, backward and optimiser step over the micro-batches of this rank."""
+        self._note_data_wait(state)
+        device = distutils.get_device_for_local_rank()
+        counts = self._share(self._counts(data)).to(device)
+        batches = [batch.to(device, non_blocking=True) for batch in data]
+        self.optimizer.zero_grad(set_to_none=True)
+        losses = torch.zeros(len(self.loss_names), device=device, dtype=torch.float64)
+        for number, batch in enumerate(batches):
+            last = number == len(batches) - 1
+            with contextlib.nullcontext() if last else self.model.no_sync():
+                parts = self._losses(batch, counts)
+                parts.sum().backward()
+            losses += parts.detach()
+        grad_norm = self._clip()
+        if math.isfinite(float(grad_norm)):
+            self.optimizer.step()
+            if self.ema_model is not None:
+                self.ema_model.update_parameters(self.raw_model)
+        else:
+            self._skip_or_stop(batches, losses)
+        learning_rate = self.scheduler.get_last_lr()[0]
+        self.scheduler.step()
+        self._window["systems"] += sum(len(batch.natoms) for batch in batches)
+        self._window["steps"] += 1
+        step = self.train_progress.num_steps_completed + 1
+        self._show_progress(step)
+        if step % self.print_every == 0 or step == self.total_steps:
+            self._report(step, losses, learning_rate, grad_norm)
+
+    def _losses(self, batch: AtomicData, counts: Tensor) -> Tensor:
+        """This micro-batch's part of each loss; DDP averages gradients over ranks, hence the world size."""
+        use_gradient = self.gradient_loss is not None and self._active(self.gradient_loss)
+        if use_gradient:
+            batch.pos.requires_grad_(True)
+        with torch.autocast(batch.pos.device.type, enabled=self.autocast_enabled, dtype=self.autocast_dtype):
+            outputs = self.model(batch)
+        # A term that has not begun is multiplied by 0: every parameter takes part in every step, as DDP wants.
+        parts = [task_loss(task, outputs, batch) * float(self._active(task.loss_fn)) for task in self.tasks]
+        if self.gradient_loss is not None:
+            parts.append(parts[0].new_zeros(()))
+        if self.gradient_loss is not None and use_gradient:
+            target = energy_gradient_forces(self.all_tasks, outputs, batch.pos, keep_graph=True)
+            mask = loss_mask(self._force_task, batch)
+            parts[-1] = self.gradient_loss(outputs["forces"]["forces"], target, mask, batch.natoms)
+        return torch.stack(parts) * (distutils.get_world_size() / counts)
+
+    @property
+    def _force_task(self) -> Task:
+        return next(task for task in self.all_tasks if task.name == "forces")
+
+    def _active(self, loss: SummedLoss) -> bool:
+        return self.train_progress.num_epochs_completed >= loss.start_epoch
+
+    def _counts(self, batches: Sequence[AtomicData]) -> Tensor:
+        """Terms that each loss is a mean over in the micro-batches of this rank, (number of losses,)."""
+        terms = [(task, task.loss_fn) for task in self.tasks]
+        if self.gradient_loss is not None:
+            terms.append((self._force_task, self.gradient_loss))
+        return torch.stack(
+            [
+                torch.stack([loss.num_terms(batch[task.name], loss_mask(task, batch)) for batch in batches]).sum()
+                for task, loss in terms
+            ]
+        ).to(torch.float64)
+
+    def _share(self, counts: Tensor) -> Tensor:
+        """Counts of all ranks together, at least 1 each; and whether any rank is asked to stop, in `stopping`."""
+        shared = torch.cat([counts, counts.new_tensor([self.stop_requested])])
+        if self.cpu_group is not None:
+            dist.all_reduce(shared, group=self.cpu_group)
+        self.stopping = bool(shared[-1])
+        return shared[:-1].clamp(min=1)
+
+    def _clip(self) -> Tensor:
+        """Norm of the gradient over all ranks (the same on each), before clipping."""
+        return nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad_norm or math.inf)
+
+    def _skip_or_stop(self, batches: Sequence[AtomicData], losses: Tensor) -> None:
+        """The gradient is not finite: keeps the evidence, then leaves the step out or stops.
+
+        Raises:
+            FloatingPointError: no more steps may be left out; the weights are those before the step.
+        """
+        step, rank = self.train_progress.num_steps_completed, distutils.get_rank()
+        self.failures.mkdir(parents=True, exist_ok=True)
+        path = self.failures / f"step_{step:08d}_rank_{rank}.pt"
+        evidence = {
+            "step": step,
+            "losses": dict(zip(self.loss_names, losses.tolist(), strict=True)),
+            "sids": [sid for batch in batches for sid in batch.sid],
+            "batches": [{k: v.detach().cpu() for k, v in batch if isinstance(v, Tensor)} for batch in batches],
+            "model": self.raw_model.state_dict(),
+        }
+        torch.save(evidence, path)
+        self.num_skipped += 1
+        message = f"the gradient of step {step} is not finite (losses {evidence['losses']}); batch and weights: {path}"
+        if self.num_skipped > self.max_skipped:
+            raise FloatingPointError(
+                f"{message}. Lower optim.lr_initial, set optim.clip_grad_norm, or allow optim.skip_nonfinite steps"
+            )
+        logging.warning("%s. Step left out (%d of %d allowed)", message, self.num_skipped, self.max_skipped)
+
+    # ------------------------------------------------------------------------------------ reports
+    def _reset_window(self) -> None:
+        self._window = {"systems": 0.0, "steps": 0.0, "wait": 0.0}
+        self._window_start = time.perf_counter()
+
+    def leave_out(self, seconds: float) -> None:
+        """Time that was not spent on training (evaluation) does not count in samples/s."""
+        self._window_start += seconds
+
+    def _note_data_wait(self, state: State) -> None:
+        if state.train_state is not None:
+            waits = state.train_state.iteration_timer.recorded_durations.get("data_wait_time")
+            if waits:
+                self._window["wait"] += waits[-1]
+
+    def _report(self, step: int, losses: Tensor, learning_rate: float, grad_norm: Tensor) -> None:
+        world = distutils.get_world_size()
+        if world > 1:
+            dist.all_reduce(losses)
+        parts = dict(zip(self.loss_names, (losses / world).tolist(), strict=True))
+        value = sum(parts.values())
+        seconds = time.perf_counter() - self._window_start
+        values = {
+            "train/loss": value,
+            "train/lr": learning_rate,
+            "train/samples_per_s": self._window["systems"] * world / seconds,
+            "train/data_wait_share": self._window["wait"] / seconds,
+            "train/grad_norm": float(grad_norm),
+        }
+        if len(parts) > 1:
+            values |= {f"train/loss_{name}": part for name, part in parts.items()}
+        epoch = step / self.steps_per_epoch
+        if self.metric_logger is not None:
+            self.metric_logger.log(step, epoch, values)
+        if distutils.is_master():
+            shown = f"loss {value:.4f}, {values['train/samples_per_s']:.0f} samples/s"
+            if self._progress_bar is not None:
+                self._progress_bar.set_postfix_str(shown)
+            else:
+                logging.info(
+                    "epoch %.2f, step %d of %d: %s, lr %.3g, %.0f %% of the time waiting for data",
+                    epoch,
+                    step,
+                    self.total_steps,
+                    shown,
+                    learning_rate,
+                    100 * values["train/data_wait_share"],
+                )
+        self._reset_window()
+
+    def _show_progress(self, step: int) -> None:
+        if self._progress_bar is None and distutils.is_master():
+            bar = tqdm(total=self.total_steps, initial=step - 1, desc="train", unit="step", disable=None)
+            self._progress_bar = None if bar.disable else bar
+        if self._progress_bar is not None:
+            self._progress_bar.update(step - self._progress_bar.n)
+
+    def on_train_end(self, state: State) -> None:
+        """Ends the progress bar."""
+        if self._progress_bar is not None:
+            self._progress_bar.close()
+        logging.info("training is complete: %d steps", self.train_progress.num_steps_completed)
+
+    # ------------------------------------------------------------------------------------ state
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that training needs to go on, as plain data (DDP keeps ranks equal, so one rank's is enough)."""
+        return {
+            "model": self.raw_model.state_dict(),
+            "ema": None if self.ema_model is None else self.ema_model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "progress": self.train_progress.state_dict(),
+            "num_skipped": self.num_skipped,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of `state_dict`."""
+        self.raw_model.load_state_dict(state["model"])
+        if self.ema_model is not None:
+            self.ema_model.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.train_progress.load_state_dict(state["progress"])
+        self.num_skipped = state["num_skipped"]
+
+
+def _warming_ema(decay: float) -> Callable[[_Tensors, _Tensors, Tensor | int], None]:
+    """EMA whose decay grows from 0.1 to `decay` as (1 + n) / (10 + n): early averages are not the initial weights."""
+
+    @torch.no_grad()
+    def update(averages: _Tensors, currents: _Tensors, num_averaged: Tensor | int) -> None:
+        n = float(num_averaged)
+        weight = 1 - min(decay, (1 + n) / (10 + n))
+        for average, current in zip(averages, currents, strict=True):
+            if torch.is_floating_point(average):
+                average.lerp_(current.to(average.dtype), weight)
+            else:
+                average.copy_(current)
+
+    return update

@@ -1,0 +1,141 @@
+"""What the network accepts: elements, tags and options; what it says of the others."""
+
+import io
+import warnings
+
+import ase
+import pytest
+import torch
+
+from faenet_ocp.models.faenet import EnergyHead, FAENet, ForceHead
+from network_inputs import SMALL, build, energies, make_inputs, slabs
+
+
+@pytest.fixture(scope="module")
+def batch():
+    return make_inputs(slabs(4))
+
+
+# --- Elements and tags ---
+
+
+@pytest.mark.parametrize("number, name", [(0, "element 0"), (119, "element 119"), (-1, "element -1")])
+def test_elements_outside_the_table_are_named(number, name, batch):
+    parts = build()
+    numbers = batch.atomic_numbers.clone()
+    numbers[3] = number
+
+    with pytest.raises(ValueError, match=f"no trained embedding for {name}$"):
+        energies(parts, batch._replace(atomic_numbers=numbers))
+
+
+def test_all_elements_up_to_118_have_embeddings():
+    net = build()[0]
+    inputs = make_inputs([ase.Atoms([number]) for number in range(1, 119)])
+    embedding = net(**inputs.arguments).node_embedding
+
+    assert embedding.isfinite().all()
+    assert len(embedding.unique(dim=0)) == 118
+
+
+def test_elements_marked_as_untrained_stay_so_when_saved(batch):
+    net = build()[0]
+    net.atom_embedding.known_elements[[79, 92]] = False
+    file = io.BytesIO()
+    torch.save(net.state_dict(), file)
+    file.seek(0)
+    loaded = build(seed=5)[0]
+    loaded.load_state_dict(torch.load(file, weights_only=True))
+
+    with pytest.raises(ValueError, match=r"element 79 \(Au\), element 92 \(U\)$"):
+        loaded.atom_embedding.check_elements(torch.tensor([92, 1, 79, 79]))
+
+
+def test_missing_tags(batch):
+    arguments = batch.arguments | {"tags": None}
+
+    with pytest.raises(ValueError, match=r"tags: .*tag_hidden_channels"):
+        build()[0](**arguments)
+    build(tag_hidden_channels=0)[0](**arguments)
+
+
+# --- Options ---
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"mp_type": "updown_scale"}, r"mp_type: 'updown_scale' .*base, simple, .*did you mean 'updownscale'"),
+        ({"mp_type": None}, "mp_type: None"),
+        ({"edge_embed_type": "all_rj"}, "edge_embed_type: 'all_rj' .*did you mean 'all_rij'"),
+        ({"graph_norm": "sistem"}, "graph_norm: 'sistem' .*system, batch, none; did you mean 'system'"),
+        ({"skip_co": "concat_atoms"}, "skip_co: 'concat_atoms' .*did you mean 'concat_atom'"),
+        ({"skip_co": True}, "skip_co: True"),
+        ({"act": "swich"}, "act: 'swich' .*did you mean 'swish'"),
+        ({"hidden_channels": 0}, "hidden_channels: 0 is not a whole number of at least 1"),
+        ({"num_interactions": 2.0}, "num_interactions: 2.0"),
+        ({"num_gaussians": 1}, "num_gaussians: 1 .*at least 2"),
+        ({"tag_hidden_channels": -1}, "tag_hidden_channels: -1"),
+        ({"att_heads": 0}, "att_heads: 0"),
+        ({"cutoff": 0.0}, "cutoff: 0.0"),
+        ({"cutoff": "6"}, "cutoff: '6'"),
+        ({"complex_mp": "no"}, "complex_mp: 'no' is not true or false"),
+        ({"hidden_channels": 26}, "hidden_channels: 26 leaves no channel.*take 26"),
+    ],
+)
+def test_wrong_options_of_the_network(options, message):
+    with pytest.raises(ValueError, match=message):
+        FAENet(**(SMALL | options))
+
+
+@pytest.mark.parametrize(
+    "head, options, message",
+    [
+        (
+            EnergyHead,
+            {"energy_head": "weighted-av-final-embed"},
+            "energy_head: .*did you mean 'weighted-av-final-embeds'",
+        ),
+        (EnergyHead, {"skip_co": "cat"}, "skip_co: 'cat'"),
+        (EnergyHead, {"act": 3}, "act: 3"),
+        (ForceHead, {"force_decoder_type": "res_updwn"}, "force_decoder_type: .*did you mean 'res_updown'"),
+        (ForceHead, {"force_norm": "batch"}, "force_norm: 'batch' .*did you mean 'batch1d'"),
+        (ForceHead, {"force_hidden_channels": 0}, "force_hidden_channels: 0"),
+    ],
+)
+def test_wrong_options_of_the_heads(head, options, message):
+    with pytest.raises(ValueError, match=message):
+        head(**options)
+
+
+def test_unknown_options_are_refused():
+    with pytest.raises(TypeError, match="num_filter"):
+        FAENet(num_filter=3)
+
+
+def test_options_can_be_switched_off_and_on_as_in_ocp():
+    assert build(graph_norm=True)[0].graph_norm == "system"
+    assert build(graph_norm=False)[0].graph_norm == "none"
+    for off in (False, None, ""):
+        assert EnergyHead(energy_head=off, skip_co=off).energy_head == "sum"
+        assert EnergyHead(energy_head=off, skip_co=off).skip_co == "none"
+        assert build(skip_co=off)[0].lin_skip is None
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"att_heads": 2}, "att_heads: 2 has no effect"),
+        ({"mp_type": "basic"}, "num_filters: 24 has no effect"),
+        ({"phys_embeds": False, "phys_hidden_channels": 4}, "phys_hidden_channels: 4 has no effect"),
+    ],
+)
+def test_options_without_effect_are_warned_of(options, message):
+    with pytest.warns(UserWarning, match=message):
+        FAENet(**(SMALL | options))
+
+
+def test_sensible_options_do_not_warn():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        FAENet(**SMALL)

@@ -1,0 +1,262 @@
+"""Reading S2EF text files: compared with ASE, and fed with damaged files."""
+
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from faenet_ocp.prepare.extxyz import FormatError, LogLine, read_frames, read_log
+from faenet_ocp.prepare.s2ef import Options, prepare
+from s2ef_raw import by_ase, read, write, write_raw
+
+
+@pytest.fixture
+def own_raw(tmp_path: Path) -> Path:
+    """Three uncompressed files of four frames, to be damaged."""
+    return write_raw(tmp_path / "raw", xz=False)
+
+
+# The reader against ASE
+
+
+def assert_reads_like_ase(folder: Path, tmp_path: Path) -> None:
+    expected = by_ase(folder, tmp_path)
+    paths = sorted(folder.glob("*.extxyz*"), key=lambda path: int(path.name.split(".")[0]))
+    frames = [frame for path in paths for frame in read_frames(path, labels=True)]
+    assert len(frames) == len(expected)
+    for frame, (atoms, _) in zip(frames, expected, strict=True):
+        assert frame.energy == atoms.get_potential_energy()
+        for ours, theirs in (
+            (frame.pos, atoms.positions),
+            (frame.cell, atoms.cell.array),
+            (frame.forces, atoms.get_forces(apply_constraint=False)),
+            (frame.numbers, atoms.numbers),
+            (frame.tags, atoms.get_tags()),
+            (np.flatnonzero(frame.fixed), atoms.constraints[0].index),
+        ):
+            assert ours is not None and np.array_equal(ours, theirs)
+            assert np.array_equal(np.signbit(ours), np.signbit(theirs))  # also of zeros
+
+
+@pytest.mark.parametrize("xz", [True, False])
+def test_reads_like_ase(tmp_path: Path, xz: bool) -> None:
+    assert_reads_like_ase(write_raw(tmp_path / "raw", files=12, frames=2, xz=xz), tmp_path)
+
+
+def test_reads_the_sample_like_ase(oc20_sample: Path, tmp_path: Path) -> None:
+    assert_reads_like_ase(oc20_sample / "s2ef_raw" / "s2ef_train_200K" / "s2ef_train_200K", tmp_path)
+
+
+def test_columns_are_found_by_name_and_numbers_rounded_as_ase_does(tmp_path: Path) -> None:
+    header = (
+        'energy=-1e-3 Properties=tags:I:1:forces:R:3:species:S:1:move_mask:L:1:pos:R:3 Lattice="9 0 0 1.5 9 0 0 0 3e1"'
+    )
+    rows = (
+        "2 -0.0 1e-300 0.1 H F 123456.123456789 0.30000000000000004 -7\n0 1. +2 .5 Og T 1E2 9007199254740993 5e-324\n"
+    )
+    path = write(tmp_path / "0.extxyz", f"2\n{header}\n{rows}")
+    (tmp_path / "0.txt").write_text("random1,frame2,3\n")
+    assert_reads_like_ase(tmp_path, tmp_path)
+    (frame,) = read_frames(path, labels=True)
+    assert frame.forces is not None
+    assert (frame.numbers.tolist(), frame.tags.tolist(), frame.fixed.tolist()) == ([1, 118], [2, 0], [True, False])
+    assert frame.pos[0].tolist() == [123456.123456789, 0.30000000000000004, -7.0]
+    assert frame.forces[1].tolist() == [1.0, 2.0, 0.5]
+    assert list(read_log(tmp_path / "0.txt")) == [LogLine(1, 2, 3.0, 1)]
+
+
+def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
+    peaks = []
+    for repeat in (200, 1000):
+        folder = write_raw(tmp_path / str(repeat), files=1, repeat=repeat)
+        tracemalloc.start()
+        frames = sum(1 for _ in read_frames(folder / "0.extxyz.xz", labels=True))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert frames == 4 * repeat
+    grown = 4 * len(read(tmp_path / "200" / "0.extxyz.xz"))
+    assert peaks[1] - peaks[0] < 0.1 * grown
+
+
+# Damaged files
+
+
+def change(path: Path, line: int, old: str, new: str) -> None:
+    """Replace text in a line (from 1) of a file."""
+    lines = read(path).splitlines(keepends=True)
+    assert old in lines[line - 1]
+    lines[line - 1] = lines[line - 1].replace(old, new, 1)
+    write(path, "".join(lines))
+
+
+def first_atom(raw: Path, frame: int) -> int:
+    """The line of a frame's first atom in file 1."""
+    return frame * (2 + int(read(raw / "1.extxyz").splitlines()[0])) + 3
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("Cu 0.0 0.0 0.0 T 1 0.0 0.0", "expected 9 columns"),
+        ("Cu 0.0 0.0 0.0 T 1 0.0 0.0 0.0 0.0", "expected 9 columns"),
+        ("", "expected 9 columns"),
+        ("Cu 0.0 0.0 zero T 1 0.0 0.0 0.0", "could not convert"),
+        ("Cu 0.0 0.0 nan T 1 0.0 0.0 0.0", "finite"),
+        ("Cu 0.0 0.0 0.0 T 1 0.0 -inf 0.0", "finite"),
+        ("Cu 0.0 0.0 1_0.0 T 1 0.0 0.0 0.0", "expected a number"),
+        ("Xx 0.0 0.0 0.0 T 1 0.0 0.0 0.0", "symbol of an element, not 'Xx'"),
+        ("29 0.0 0.0 0.0 T 1 0.0 0.0 0.0", "symbol of an element, not '29'"),
+        ("Cu 0.0 0.0 0.0 1 1 0.0 0.0 0.0", "T or F, not '1'"),
+        ("Cu 0.0 0.0 0.0 T 1.5 0.0 0.0 0.0", "invalid literal"),
+        (f"Cu 0.0 0.0 0.0 T {10**30} 0.0 0.0 0.0", "small number"),
+        ("\x00\xff garbage \x1b[31m", "expected 9 columns"),
+    ],
+)
+@pytest.mark.parametrize("frame", [0, 3])
+def test_a_garbage_row_is_named(own_raw: Path, tmp_path: Path, frame: int, row: str, message: str) -> None:
+    number = first_atom(own_raw, frame) + 5
+    path = own_raw / "1.extxyz"
+    lines = path.read_text().split("\n")
+    lines[number - 1] = row
+    path.write_text("\n".join(lines))
+    with pytest.raises(FormatError) as error:
+        prepare(own_raw, tmp_path / "out", options=Options())
+    assert str(error.value).startswith(f"{path}:{number}: ")
+    assert message in str(error.value)
+    assert str(error.value).isprintable()
+    assert sorted(path.name for path in (tmp_path / "out").glob("*")) == [
+        ".prepare_s2ef",
+        "data.0000.lmdb",
+        "data.0002.lmdb",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "old", "new", "message"),
+    [
+        (1, "1", "-1", "expected a number of atoms"),
+        (1, "1", "one", "expected a number of atoms"),
+        (1, "1", "99999999999", "expected a number of atoms"),
+        (1, "1", "1" * 5000, "expected a number of atoms"),
+        (1, "1", "0 # 1", "expected a number of atoms"),
+        (2, "Lattice", "lattice", "the key 'lattice' is not one of"),
+        (2, "free_energy", "stress", "the key 'stress' is not one of"),
+        (2, "free_energy", "energy", "the key 'energy' is there twice"),
+        (2, " energy=", " free", "expected key=value"),
+        (2, ' pbc="T T T"', ' pbc="T T T', "expected key=value"),
+        (2, 'pbc="T T T"', 'pbc="T T F"', "periodic in all directions"),
+        (2, 'Lattice="', 'Lattice="1.0 ', "10 numbers, not 9"),
+        (2, 'Lattice="', 'Lattice="x', "is not a finite number"),
+        (2, " energy=", " energy=1e999", "is not a finite number"),
+        (2, "tags:I:1", "tags:R:1", "'tags:R:1' is not one of"),
+        (2, "tags:I:1", "charge:R:1", "'charge:R:1' is not one of"),
+        (2, "tags:I:1", "species:S:1", "'species:S:1' is not one of"),
+        (2, ":tags:I:1", "", "lacks tags"),
+        (2, ":forces:R:3", "", "lacks forces"),
+        (2, "forces:R:3", "forces:R:3:", "is incomplete"),
+        (2, "Properties", "energy", "the key 'energy' is there twice"),
+    ],
+)
+def test_a_strange_header_is_named(own_raw: Path, tmp_path: Path, line: int, old: str, new: str, message: str) -> None:
+    path = own_raw / "1.extxyz"
+    number = first_atom(own_raw, 2) - 3 + line
+    change(path, number, old, new)
+    with pytest.raises(FormatError) as error:
+        prepare(own_raw, tmp_path / "out", options=Options())
+    assert str(error.value).startswith(f"{path}:{number}: ")
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "random7",
+        "frame7,random7,1.0",
+        "random7,frame7,",
+        "random7,frame7,1.0,2.0",
+        "random7,frame7,x",
+        "random7,frame7,nan",
+        f"random{10**30},frame7,1.0",
+        "",
+        "random,frame,1",
+    ],
+)
+def test_a_strange_log_line_is_named(own_raw: Path, tmp_path: Path, line: str) -> None:
+    log = own_raw / "1.txt"
+    lines = log.read_text().splitlines()
+    log.write_text("\n".join([*lines[:2], line, *lines[3:]]) + "\n")
+    with pytest.raises(FormatError) as error:
+        prepare(own_raw, tmp_path / "out", options=Options())
+    assert str(error.value).startswith(f"{log}:3: ")
+
+
+def test_counts_that_differ_are_named(own_raw: Path, tmp_path: Path) -> None:
+    log, frames = own_raw / "0.txt", own_raw / "2.extxyz"
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:3]))
+    text = frames.read_text().splitlines(keepends=True)
+    frames.write_text("".join(text[: 3 * (len(text) // 4)]))
+    with pytest.raises(FormatError) as error:
+        prepare(own_raw, tmp_path / "out", options=Options())
+    first, second = str(error.value).splitlines()  # both are found in one go
+    start = 3 * (len((own_raw / "0.extxyz").read_text().splitlines()) // 4) + 1
+    assert first == f"{own_raw / '0.extxyz'}:{start}: has no id: {log} ends after 3 lines"
+    assert second == f"{own_raw / '2.txt'}:4: has no frame: {frames} ends after 3 frames"
+    assert [path.name for path in (tmp_path / "out").glob("*.*z")] == []
+    assert [path.name for path in (tmp_path / "out").glob("*.lmdb")] == ["data.0001.lmdb"]
+
+
+def test_ids_that_belong_to_other_structures_are_named(own_raw: Path, tmp_path: Path) -> None:
+    """A frame of another size under the same sid: the log is shifted or from elsewhere."""
+    sizes = [int((own_raw / f"{number}.extxyz").read_text().split("\n")[0]) for number in range(3)]
+    other = next(number for number in range(3) if sizes[number] != sizes[0])
+    with (own_raw / "0.extxyz").open("a") as file:
+        file.write((own_raw / f"{other}.extxyz").read_text())
+    with (own_raw / "0.txt").open("a") as file:
+        file.writelines(f"random100,frame{fid},-1.0\n" for fid in range(4, 8))
+    with pytest.raises(FormatError, match=r"0\.extxyz:\d+: has \d+ atoms, .*random100, .*0\.txt:5 and line 1") as error:
+        prepare(own_raw, tmp_path / "out", options=Options())
+    assert f":{4 * (2 + sizes[0]) + 1}: " in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["extxyz", "txt"])
+def test_truncated_xz_is_named(tmp_path: Path, kind: str) -> None:
+    raw = write_raw(tmp_path / "raw", repeat=40)
+    path = raw / f"1.{kind}.xz"
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(FormatError, match=rf"1\.{kind}\.xz:\d+: damaged or cut short from here on"):
+        prepare(raw, tmp_path / "out", options=Options())
+    assert not (tmp_path / "out" / "data.0001.lmdb").exists()
+    data = bytearray((raw / f"0.{kind}.xz").read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    (raw / f"0.{kind}.xz").write_bytes(data)
+    with pytest.raises(FormatError, match=rf"0\.{kind}\.xz:\d+: damaged or cut short"):
+        prepare(raw, tmp_path / "other", options=Options())
+
+
+@pytest.mark.parametrize("kind", ["extxyz", "txt"])
+def test_a_file_cut_inside_its_last_number_is_refused(own_raw: Path, tmp_path: Path, kind: str) -> None:
+    path = own_raw / f"1.{kind}"
+    text = path.read_text()
+    path.write_text(text[:-3])
+    with pytest.raises(FormatError, match=rf"1\.{kind}:{len(text.splitlines())}: ends without a line break"):
+        prepare(own_raw, tmp_path / "out", options=Options())
+
+
+def test_a_file_cut_between_lines_is_refused(own_raw: Path, tmp_path: Path) -> None:
+    path = own_raw / "1.extxyz"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:-1]))
+    start = first_atom(own_raw, 3) - 2
+    with pytest.raises(FormatError, match=rf"1\.extxyz:{len(lines) - 1}: ends in the middle .* starts in line {start}"):
+        prepare(own_raw, tmp_path / "out", options=Options())
+
+
+def test_a_cell_without_volume_is_named_where_edges_are_wanted(own_raw: Path, tmp_path: Path) -> None:
+    path = own_raw / "1.extxyz"
+    lines = path.read_text().splitlines(keepends=True)
+    number = first_atom(own_raw, 1) - 1
+    lines[number - 1] = 'Lattice="1 0 0 2 0 0 0 0 9" ' + lines[number - 1].split('" ', 1)[1]
+    path.write_text("".join(lines))
+    with pytest.raises(FormatError, match=rf"1\.extxyz:{number - 1}: "):
+        prepare(own_raw, tmp_path / "out", options=Options(get_edges=True))

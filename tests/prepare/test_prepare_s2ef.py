@@ -1,0 +1,409 @@
+"""From OC20's S2EF text files to LMDB shards: records compared with ASE's, interrupted and restarted."""
+
+import fcntl
+import importlib.util
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ase
+import ase.io
+import lmdb
+import numpy as np
+import pytest
+import torch
+from ase.neighborlist import neighbor_list
+from torch_geometric.data import Data
+
+from faenet_ocp.data.oc20 import OC20LmdbDataset
+from faenet_ocp.prepare import s2ef as module
+from faenet_ocp.prepare.extxyz import FormatError
+from faenet_ocp.prepare.s2ef import Options, prepare
+from s2ef_raw import COLUMNS, by_ase, read, write, write_raw
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "scripts" / "prepare_s2ef.py"
+FIELDS = {"atomic_numbers", "pos", "cell", "natoms", "tags", "fixed", "sid", "fid"}
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three files of four frames, compressed."""
+    return write_raw(tmp_path_factory.mktemp("s2ef") / "raw")
+
+
+@pytest.fixture
+def own_raw(tmp_path: Path) -> Path:
+    """Three uncompressed files of four frames, to be damaged."""
+    return write_raw(tmp_path / "raw", xz=False)
+
+
+def load(folder: Path) -> list[Data]:
+    """All records, read as fairchem 1.x does: shards sorted by name, keys 0 ... length-1, plain unpickling."""
+    records = []
+    for path in sorted(folder.glob("*.lmdb")):
+        with lmdb.open(str(path), subdir=False, readonly=True, lock=False) as env, env.begin() as txn:
+            length = pickle.loads(txn.get(b"length"))
+            assert env.stat()["entries"] == length + 1
+            records += [pickle.loads(txn.get(str(key).encode())) for key in range(length)]
+    return records
+
+
+def contents(folder: Path) -> dict[str, Any]:
+    """Everything a reader can see of a prepared folder, for comparison."""
+    state: dict[str, Any] = {"names": sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))}
+    state["records"] = [
+        {key: value.tolist() if torch.is_tensor(value) else value for key, value in record.to_dict().items()}
+        for record in load(folder)
+    ]
+    with np.load(folder / "metadata.npz") as metadata:
+        state["metadata"] = {name: metadata[name].tolist() for name in metadata.files}
+    return state
+
+
+def assert_same_records(records: list[Data], expected: list[tuple[ase.Atoms, list[str]]], *, reference: bool) -> None:
+    """To the last bit, after the rounding to float32 of OC20's records."""
+    assert len(records) == len(expected)
+    for record, (atoms, log) in zip(records, expected, strict=True):
+        assert set(record.keys()) == FIELDS | {"energy", "forces"}
+        assert (record.sid, record.fid) == (int(log[0].removeprefix("random")), int(log[1].removeprefix("frame")))
+        fixed = np.isin(np.arange(len(atoms)), atoms.constraints[0].index)
+        energy = atoms.get_potential_energy() - (float(log[2]) if reference else 0.0)
+        assert type(record.energy) is float and record.energy == energy
+        arrays = {
+            "pos": atoms.positions.astype(np.float32),
+            "cell": atoms.cell.array.astype(np.float32)[None],
+            "forces": atoms.get_forces(apply_constraint=False).astype(np.float32),
+            "atomic_numbers": atoms.numbers.astype(np.float32),
+            "fixed": fixed.astype(np.float32),
+            "tags": atoms.get_tags().astype(np.int64),
+        }
+        assert record.natoms == len(atoms)
+        for name, array in arrays.items():
+            stored = record[name].numpy()
+            assert stored.dtype == array.dtype and stored.tobytes() == array.tobytes(), name
+
+
+# Records
+
+
+@pytest.mark.parametrize("reference", [True, False])
+def test_round_trip(raw: Path, tmp_path: Path, reference: bool) -> None:
+    out = tmp_path / "out"
+    assert prepare(raw, out, options=Options(ref_energy=reference)) == 12
+    assert_same_records(load(out), by_ase(raw, tmp_path), reference=reference)
+    with np.load(out / "metadata.npz") as metadata:
+        assert metadata.files == ["natoms"]
+        assert metadata["natoms"].tolist() == [len(atoms) for atoms, _ in by_ase(raw, tmp_path)]
+
+
+def test_round_trip_of_the_sample(oc20_sample: Path, tmp_path: Path) -> None:
+    raw = oc20_sample / "s2ef_raw" / "s2ef_train_200K" / "s2ef_train_200K"
+    assert prepare(raw, tmp_path / "out", options=Options()) == 40
+    assert_same_records(load(tmp_path / "out"), by_ase(raw, tmp_path), reference=True)
+
+
+def test_read_by_our_data_set(raw: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    prepare(raw, out, options=Options(get_edges=True))
+    config = {"src": str(out), "labels": ["energy", "forces"], "cutoff": 5.0, "max_neighbors": 20}
+    stored, built = (OC20LmdbDataset({**config, "edges": edges}) for edges in ("stored", "recompute"))
+    expected = by_ase(raw, tmp_path)
+    assert stored.natoms().tolist() == [len(atoms) for atoms, _ in expected]
+    for index, (atoms, log) in enumerate(expected):
+        data = stored[index]
+        assert (data.sid, data.fid.item()) == ([log[0].removeprefix("random")], int(log[1].removeprefix("frame")))
+        assert torch.equal(data.pos, torch.tensor(atoms.positions, dtype=torch.float32))
+        assert torch.equal(data.forces, torch.tensor(atoms.get_forces(apply_constraint=False), dtype=torch.float32))
+        assert data.energy.item() == pytest.approx(atoms.get_potential_energy() - float(log[2]), rel=1e-6)
+        assert data.fixed.nonzero().flatten().tolist() == sorted(atoms.constraints[0].index)
+        assert edge_set(data) == edge_set(built[index])
+
+
+def edge_set(data: Any) -> set[tuple[int, ...]]:
+    return {
+        (*edge, *offset) for edge, offset in zip(data.edge_index.T.tolist(), data.cell_offsets.tolist(), strict=True)
+    }
+
+
+def test_stored_edges(raw: Path, tmp_path: Path) -> None:
+    """Against ASE's neighbour list: exactly the 50 nearest within 6 A and all that are as far as the last of them."""
+    out = tmp_path / "out"
+    prepare(raw, out, options=Options(get_edges=True))
+    records = load(out)
+    for record in records:
+        atoms = ase.Atoms(record.atomic_numbers, record.pos.double(), cell=record.cell[0].double(), pbc=True)
+        centre, neighbour, distance, shift = neighbor_list("ijdS", atoms, 6.0)
+        expected = set()
+        for atom in range(len(atoms)):
+            own = np.flatnonzero(centre == atom)
+            limit = np.sort(distance[own])[:50][-1] + 0.01
+            for edge in own[distance[own] <= limit]:
+                expected.add((int(neighbour[edge]), atom, *shift[edge].tolist()))
+        assert edge_set(record) == expected
+        source, target = record.edge_index
+        vectors = record.pos[source] - record.pos[target] + record.cell_offsets @ record.cell[0]
+        assert torch.allclose(record.distances, vectors.norm(dim=1), atol=1e-5)
+        assert record.edge_index.dtype == torch.int64
+        assert record.distances.dtype == record.cell_offsets.dtype == torch.float32
+    with np.load(out / "metadata.npz") as metadata:
+        assert metadata["neighbors"].tolist() == [record.edge_index.shape[1] for record in records]
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_test_data_has_no_labels(tmp_path: Path, labelled: bool) -> None:
+    raw = write_raw(tmp_path / "raw", files=1, log="reference" if labelled else "ids")
+    if not labelled:
+        frames = [atoms for atoms, _ in by_ase(raw, tmp_path)]
+        for atoms in frames:
+            atoms.calc = None
+        ase.io.write(tmp_path / "text", frames, format="extxyz", columns=COLUMNS[:-1])
+        assert "energy" not in (tmp_path / "text").read_text()
+        write(raw / "0.extxyz.xz", (tmp_path / "text").read_text())
+    prepare(raw, tmp_path / "out", options=Options(labels=False))
+    records = load(tmp_path / "out")
+    assert [set(record.keys()) for record in records] == [FIELDS] * 4
+    assert [record.fid for record in records] == [0, 1, 2, 3]
+    dataset = OC20LmdbDataset({"src": str(tmp_path / "out"), "labels": [], "edges": "none"})
+    assert dataset[3].pos.shape == (records[3].natoms, 3)
+
+
+def test_a_log_without_reference_energies_serves_where_none_is_subtracted(tmp_path: Path) -> None:
+    raw = write_raw(tmp_path / "raw", files=1, log="ids")
+    with pytest.raises(FormatError, match=r"0\.txt\.xz:1: has no reference energy"):
+        prepare(raw, tmp_path / "out", options=Options())
+    prepare(raw, tmp_path / "raw_energies", options=Options(ref_energy=False))
+    assert_same_records(load(tmp_path / "raw_energies"), by_ase(raw, tmp_path), reference=False)
+
+
+# Shards
+
+
+def test_files_map_to_shards_in_natural_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = write_raw(tmp_path / "raw", files=12, frames=1)
+    prepare(raw, tmp_path / "each", options=Options())
+    prepare(raw, tmp_path / "chunk", options=Options(), chunk=5)
+    monkeypatch.setattr(module, "MAX_SHARDS", 5)
+    prepare(raw, tmp_path / "few", options=Options())
+    for name, shards in (("each", 12), ("chunk", 3), ("few", 4)):
+        assert [record.sid for record in load(tmp_path / name)] == [100 + number for number in range(12)]
+        found = sorted(path.name for path in (tmp_path / name).glob("*.lmdb"))
+        assert found == [f"data.{number:04d}.lmdb" for number in range(shards)]
+
+
+def test_the_number_of_processes_does_not_matter(raw: Path, tmp_path: Path) -> None:
+    for workers in (1, 2):
+        prepare(raw, tmp_path / str(workers), options=Options(get_edges=True), num_workers=workers)
+    assert contents(tmp_path / "2") == contents(tmp_path / "1")
+
+
+def shard_times(out: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in out.glob("*.lmdb")}
+
+
+def test_a_finished_folder_is_left_alone(raw: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    prepare(raw, out, options=Options())
+    times = {path: path.stat().st_mtime_ns for path in out.iterdir() if path.is_file()}
+    assert prepare(raw, out, options=Options()) == 12
+    assert times == {path: path.stat().st_mtime_ns for path in out.iterdir() if path.is_file()}
+
+
+def cut(path: Path) -> None:
+    with path.open("rb+") as file:
+        file.truncate(path.stat().st_size // 2)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda out: (out / "data.0001.lmdb").unlink(),
+        lambda out: cut(out / "data.0001.lmdb"),
+        lambda out: (out / "data.0001.lmdb").write_bytes(b""),
+        lambda out: (out / ".prepare_s2ef" / "data.0001.npz").unlink(),
+        lambda out: cut(out / ".prepare_s2ef" / "data.0001.npz"),
+    ],
+    ids=["shard missing", "shard cut", "shard empty", "sizes missing", "sizes cut"],
+)
+def test_only_what_is_missing_or_damaged_is_written(raw: Path, tmp_path: Path, spoil: Callable[[Path], None]) -> None:
+    out = tmp_path / "out"
+    prepare(raw, out, options=Options())
+    expected, times = contents(out), shard_times(out)
+    spoil(out)
+    (out / "metadata.npz").unlink()
+    (out / ".data.0001.lmdb.0123.tmp").write_bytes(b"left by a killed process")
+    prepare(raw, out, options=Options())
+    assert contents(out) == expected
+    assert not list(out.glob(".*.tmp"))
+    assert {name for name, when in shard_times(out).items() if when != times[name]} == {"data.0001.lmdb"}
+
+
+def test_a_shard_whose_input_was_replaced_is_written_again(own_raw: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    prepare(own_raw, out, options=Options())
+    times = shard_times(out)
+    log = own_raw / "2.txt"
+    log.write_text(log.read_text().replace("frame3", "frame33"))
+    prepare(own_raw, out, options=Options())
+    assert load(out)[-1].fid == 33
+    assert {name for name, when in shard_times(out).items() if when != times[name]} == {"data.0002.lmdb"}
+
+
+def test_other_settings_are_refused(own_raw: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    prepare(own_raw, out, options=Options(), chunk=1)
+    before = contents(out)
+    for options, chunk, what in (
+        (Options(get_edges=True), 1, "get_edges = False, not True"),
+        (Options(ref_energy=False), 1, "ref_energy = True, not False"),
+        (Options(labels=False), 1, "labels = True, not False"),
+        (Options(), 2, "chunk = 1, not 2"),
+    ):
+        with pytest.raises(ValueError, match=f"was begun with {what}"):
+            prepare(own_raw, out, options=options, chunk=chunk)
+    for kind in ("extxyz", "txt"):
+        (own_raw / f"3.{kind}").write_text((own_raw / f"2.{kind}").read_text())
+    with pytest.raises(ValueError, match="was begun with other input files"):
+        prepare(own_raw, out, options=Options(), chunk=1)
+    assert contents(out) == before
+
+
+def test_folders_that_are_not_ours_are_refused(raw: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "data.0000.lmdb").write_bytes(b"precious")
+    with pytest.raises(ValueError, match=r"data\.0000\.lmdb: is not from an earlier preparation"):
+        prepare(raw, tmp_path / "out", options=Options())
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["data.0000.lmdb"]
+    assert (tmp_path / "out" / "data.0000.lmdb").read_bytes() == b"precious"
+
+
+def test_one_preparation_at_a_time(raw: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    prepare(raw, out, options=Options())
+    with (out / ".prepare_s2ef" / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match="another process"):
+            prepare(raw, out, options=Options())
+    prepare(raw, out, options=Options())
+
+
+class Deadly:
+    """Kills the process that unpickles it, as a lack of memory would."""
+
+    def __reduce__(self) -> tuple[Callable[[int], Any], tuple[int]]:
+        return os._exit, (3,)
+
+
+def test_a_process_that_dies_is_noticed() -> None:
+    with pytest.raises(RuntimeError, match="exit code 3"):
+        module._write_in_parallel([Deadly()], 1, lambda _: None)  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize(("workers", "done"), [(1, [0, 1]), (2, [0, 1, 3, 4, 5])])
+def test_killed_and_restarted(tmp_path: Path, workers: int, done: list[int]) -> None:
+    """The command, killed in the middle of a shard; its processes must not go on without it.
+
+    The second file of shard 2 is a pipe that nothing comes out of, so it is known how far the command gets.
+    """
+    raw = write_raw(tmp_path / "raw", files=12, frames=2)
+    out, pipe = tmp_path / "out", raw / "5.txt"
+    log = read(raw / "5.txt.xz")
+    (raw / "5.txt.xz").unlink()
+    os.mkfifo(pipe)
+    our_end = os.open(pipe, os.O_RDWR)
+    arguments = ["--data-path", str(raw), "--out-path", str(out), "--chunk", "2", "--get-edges"]
+    command = [sys.executable, str(SCRIPT), *arguments, "--num-workers", str(workers)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=ROOT)
+    expected = [f"data.{number:04d}.lmdb" for number in done]
+    deadline = time.monotonic() + 120
+    while not (sorted(shard_times(out)) == expected and list(out.glob(".data.0002.*.tmp"))):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    os.write(our_end, log.encode())  # a process that survives could now finish its shard
+    os.close(our_end)
+    output = process.communicate(timeout=60)[0]  # returns when no process is left that holds its end
+    assert process.returncode == -signal.SIGKILL, output.decode()
+    finished = shard_times(out)
+    assert sorted(finished) == expected
+    assert not (out / "metadata.npz").exists()
+    assert len(list(out.glob(".data.0002.*.tmp"))) == (1 if workers == 1 else 0)  # others tidy up when they notice
+
+    pipe.unlink()
+    pipe.write_text(log)
+    prepare(raw, out, options=Options(get_edges=True), chunk=2)
+    assert {name: shard_times(out)[name] for name in finished} == finished
+    prepare(raw, tmp_path / "whole", options=Options(get_edges=True), chunk=2)
+    assert contents(out) == contents(tmp_path / "whole")
+    assert not list(out.glob(".*.tmp"))
+
+
+def test_faults_are_reported_from_all_processes_and_mended_by_a_restart(tmp_path: Path) -> None:
+    raw = write_raw(tmp_path / "raw", files=6, xz=False)
+    good = {number: (raw / f"{number}.txt").read_text() for number in (1, 4)}
+    for number in good:
+        (raw / f"{number}.txt").write_text("nonsense\n")
+    out = tmp_path / "out"
+    with pytest.raises(FormatError) as error:
+        prepare(raw, out, options=Options(), num_workers=2)
+    assert [line.split(": ")[0] for line in str(error.value).splitlines()] == [f"{raw / f'{n}.txt'}:1" for n in (1, 4)]
+    assert sorted(shard_times(out)) == [f"data.000{number}.lmdb" for number in (0, 2, 3, 5)]
+    assert not (out / "metadata.npz").exists() and not list(out.glob(".*.tmp"))
+    for number, text in good.items():
+        (raw / f"{number}.txt").write_text(text)
+    prepare(raw, out, options=Options())
+    prepare(raw, tmp_path / "whole", options=Options())
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_incomplete_folders_are_refused(own_raw: Path, tmp_path: Path) -> None:
+    def refused(message: str, folder: Path = own_raw) -> None:
+        with pytest.raises(ValueError, match=message):
+            prepare(folder, tmp_path / "out", options=Options())
+        assert not (tmp_path / "out").exists()
+
+    (own_raw / "README.txt").write_text("about these files")  # does no harm
+    refused("is no folder", tmp_path / "nowhere")
+    refused(r"no \*\.extxyz\(\.xz\) files; did you mean .*/raw\?", tmp_path)
+    write(own_raw / "1.txt.xz", read(own_raw / "1.txt"))
+    refused(r"both 1\.txt.* and 1\.txt")
+    (own_raw / "1.txt.xz").unlink()
+    (own_raw / "1.txt").rename(own_raw / "7.txt")
+    refused(r"1\.extxyz: has no 1\.txt\(\.xz\) beside it")
+    (own_raw / "7.txt").rename(own_raw / "1.txt")
+    (own_raw / "2.extxyz").unlink()
+    refused(r"2\.txt: has no 2\.extxyz\(\.xz\) beside it")
+    (own_raw / "2.txt").unlink()
+    for wrong in ({"num_workers": 0}, {"chunk": 0}):
+        with pytest.raises(ValueError, match="at least 1"):
+            prepare(own_raw, tmp_path / "out", options=Options(), **wrong)
+    (own_raw / "1.extxyz").write_text("")
+    (own_raw / "1.txt").write_text("")
+    with pytest.raises(FormatError, match=r"1\.extxyz:1: is empty"):
+        prepare(own_raw, tmp_path / "out", options=Options())
+
+
+# Command line
+
+
+def test_command_line(raw: Path, tmp_path: Path) -> None:
+    spec = importlib.util.spec_from_file_location("prepare_script", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    paths = ["--data-path", str(raw), "--out-path"]
+    script.main([*paths, str(tmp_path / "a")])
+    assert_same_records(load(tmp_path / "a"), by_ase(raw, tmp_path), reference=True)
+    script.main([*paths, str(tmp_path / "b"), "--no-ref-energy", "--chunk", "3"])
+    assert_same_records(load(tmp_path / "b"), by_ase(raw, tmp_path), reference=False)
+    script.main([*paths, str(tmp_path / "c"), "--test-data", "--get-edges"])
+    assert set(load(tmp_path / "c")[0].keys()) == FIELDS | {"edge_index", "cell_offsets", "distances"}
+    with pytest.raises(SystemExit, match=r"error: .*was begun with"):
+        script.main([*paths, str(tmp_path / "a"), "--get-edges"])

@@ -1,0 +1,192 @@
+"""Least squares on element counts against numpy on the full matrix."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from faenet_ocp.tasks.references import NUM_ELEMENTS, CompositionFit, CompositionRegression
+
+ELEMENTS = (1, 6, 8, 13, 29, 47, 78)
+
+
+def random_set(num_systems=400, seed=0, noise=0.3, elements=ELEMENTS):
+    """Counts (B, 119) float32 and energies (B,) float64 of a noisy linear law."""
+    rng = np.random.default_rng(seed)
+    composition = np.zeros((num_systems, NUM_ELEMENTS), dtype=np.float32)
+    composition[:, elements] = rng.integers(0, 30, (num_systems, len(elements)))
+    law = np.linspace(-0.4, 0.3, len(elements))
+    energy = composition[:, elements] @ law - 1.0 + noise * rng.normal(size=num_systems)
+    return torch.from_numpy(composition), torch.from_numpy(energy)
+
+
+def fitted(composition, energy, batch_size=64):
+    regression = CompositionRegression()
+    for start in range(0, len(energy), batch_size):
+        stop = start + batch_size
+        regression.update(composition[start:stop], energy[start:stop])
+    return regression
+
+
+def by_numpy(composition, energy):
+    """Coefficients of the full least-squares problem, and its residuals."""
+    matrix = composition.double().numpy()
+    solution = np.linalg.lstsq(matrix, energy.numpy(), rcond=None)[0]
+    return solution, energy.numpy() - matrix @ solution
+
+
+def assert_same_fit(left, right):
+    torch.testing.assert_close(left.element_references(), right.element_references())
+    for name in ("mean", "stdev", "residual_mean", "residual_stdev", "num_systems", "rank"):
+        assert getattr(left, name) == pytest.approx(getattr(right, name), rel=1e-9), name
+
+
+def test_matches_numpy_least_squares():
+    composition, energy = random_set()
+    fit = fitted(composition, energy).solve()
+    solution, residual = by_numpy(composition, energy)
+    np.testing.assert_allclose(fit.element_references().numpy(), solution, atol=1e-10)
+    assert fit.mean == pytest.approx(energy.numpy().mean())
+    assert fit.stdev == pytest.approx(energy.numpy().std())
+    assert abs(residual.mean()) > 1e-3  # no intercept: a residual mean that must not be dropped
+    assert fit.residual_mean == pytest.approx(residual.mean(), rel=1e-6)
+    assert fit.residual_stdev == pytest.approx(residual.std(), rel=1e-6)
+    assert (fit.num_systems, fit.rank) == (400, len(ELEMENTS))
+    expected = composition.double().numpy() @ solution
+    np.testing.assert_allclose(fit.predict(composition).numpy(), expected, atol=1e-9)
+
+
+def test_mean_and_stdev_survive_a_large_offset():
+    """Total energies: thousands of eV with a spread of one."""
+    composition, energy = random_set()
+    shifted = energy - 2.0e4
+    fit = fitted(composition, shifted).solve()
+    assert fit.mean == pytest.approx(shifted.numpy().mean(), rel=1e-12)
+    assert fit.stdev == pytest.approx(shifted.numpy().std(), rel=1e-6)
+    solution, residual = by_numpy(composition, shifted)
+    np.testing.assert_allclose(fit.element_references().numpy(), solution, rtol=1e-8, atol=1e-8)
+    assert fit.residual_stdev == pytest.approx(residual.std(), rel=1e-6)
+
+
+def test_a_linear_law_is_recovered_and_a_rare_element_with_it():
+    composition, _ = random_set(num_systems=3000)
+    composition[17, 92] = 1  # one atom of it in the whole set
+    law = torch.zeros(NUM_ELEMENTS, dtype=torch.float64)
+    law[list(ELEMENTS)] = torch.linspace(-0.5, 0.5, len(ELEMENTS), dtype=torch.float64)
+    law[92] = 3.25
+    energy = composition.double() @ law
+    fit = fitted(composition, energy).solve()
+    torch.testing.assert_close(fit.element_references(), law, rtol=0, atol=1e-8)
+    assert fit.residual_stdev < 1e-6 * fit.stdev
+
+
+def test_dependent_elements_get_the_minimum_norm_solution():
+    composition, energy = random_set()
+    composition[:, 7] = 2 * composition[:, 6]  # N only ever comes with C, two to one
+    fit = fitted(composition, energy).solve()
+    solution, residual = by_numpy(composition, energy)
+    np.testing.assert_allclose(fit.element_references().numpy(), solution, atol=1e-9)
+    assert fit.coefficients[7] == pytest.approx(2 * fit.coefficients[6])
+    assert fit.rank == len(ELEMENTS)
+    assert fit.residual_stdev == pytest.approx(residual.std(), rel=1e-6)
+
+
+def test_fewer_systems_than_elements():
+    composition, energy = random_set(num_systems=3)
+    fit = fitted(composition, energy).solve()
+    assert fit.rank == 3
+    np.testing.assert_allclose(fit.predict(composition).numpy(), energy.numpy(), atol=1e-8)
+    np.testing.assert_allclose(fit.element_references().numpy(), by_numpy(composition, energy)[0], atol=1e-9)
+
+
+@pytest.mark.parametrize("parts", [2, 5])
+def test_merged_parts_equal_one_pass(parts):
+    composition, energy = random_set()
+    merged = CompositionRegression()
+    for rank in range(parts):
+        part = fitted(composition[rank::parts], energy[rank::parts])
+        text = json.dumps(part.to_dict(), allow_nan=False)  # as another process would send it
+        merged.merge(CompositionRegression.from_dict(json.loads(text)))
+    assert_same_fit(merged.solve(), fitted(composition, energy).solve())
+    half = fitted(composition[::2], energy[::2]).solve()
+    assert half.mean != pytest.approx(merged.solve().mean, rel=1e-9)  # a lost part would be seen
+
+
+def test_batch_size_and_dtype_do_not_matter():
+    composition, energy = random_set()
+    whole = fitted(composition, energy, batch_size=400).solve()
+    assert_same_fit(fitted(composition, energy, batch_size=1).solve(), whole)
+    assert_same_fit(fitted(composition.long(), energy).solve(), whole)
+
+
+def test_unseen_elements():
+    composition, energy = random_set()
+    fit = fitted(composition, energy).solve()
+    assert fit.coefficients[79] is None and fit.coefficients[29] is not None
+    assert sum(c is not None for c in fit.coefficients) == len(ELEMENTS)
+    other = composition[:3].clone()
+    other[1, 79] = 4
+    assert fit.unseen(other).tolist() == [False, True, False]
+    torch.testing.assert_close(fit.predict(other), fit.predict(composition[:3]))
+    assert not fit.unseen(composition).any()
+
+
+def test_fit_survives_json():
+    fit = fitted(*random_set()).solve()
+    text = json.dumps(fit.to_dict(), allow_nan=False)
+    assert CompositionFit.from_dict(json.loads(text)) == fit
+
+
+def test_one_system():
+    composition, energy = random_set(num_systems=1)
+    fit = fitted(composition, energy).solve()
+    assert fit.stdev == 0.0
+    assert fit.mean == float(energy[0])
+    assert fit.predict(composition).item() == pytest.approx(fit.mean)
+
+
+def test_systems_without_atoms_have_no_references():
+    fit = fitted(torch.zeros(4, NUM_ELEMENTS), torch.arange(4.0)).solve()
+    assert (fit.rank, fit.mean) == (0, 1.5)
+    assert set(fit.coefficients) == {None}
+
+
+def test_nothing_to_fit():
+    with pytest.raises(ValueError, match="no system"):
+        CompositionRegression().solve()
+
+
+@pytest.mark.parametrize(
+    ("composition", "energy", "message"),
+    [
+        (torch.zeros(2, 100), torch.zeros(2), r"\(systems, 119\), got \(2, 100\)"),
+        (torch.zeros(119), torch.zeros(1), "shape"),
+        (torch.zeros(2, 119), torch.zeros(2, 1), r"energy must have shape \(2,\)"),
+        (torch.zeros(2, 119), torch.tensor([0.0, float("nan")]), "1 of 2 energies"),
+        (torch.full((2, 119), -1.0), torch.zeros(2), "not negative"),
+        (torch.full((2, 119), float("inf")), torch.zeros(2), "finite"),
+    ],
+)
+def test_bad_input_is_refused_and_leaves_no_trace(composition, energy, message):
+    regression = CompositionRegression()
+    with pytest.raises(ValueError, match=message):
+        regression.update(composition, energy)
+    assert not regression.sums.any()
+
+
+def test_bad_stored_data_is_refused():
+    regression = fitted(*random_set(num_systems=5)).to_dict()
+    with pytest.raises(ValueError, match=r"unknown \['extra'\]"):
+        CompositionRegression.from_dict({**regression, "extra": 1})
+    with pytest.raises(ValueError, match="square"):
+        CompositionRegression.from_dict({**regression, "columns": regression["columns"][1:]})
+    with pytest.raises(ValueError, match=r"0\.\.120"):
+        CompositionRegression.from_dict({"columns": [121], "sums": [[1.0]]})
+    fit = fitted(*random_set(num_systems=5)).solve().to_dict()
+    with pytest.raises(ValueError, match=r"missing \['mean'\]"):
+        CompositionFit.from_dict({k: v for k, v in fit.items() if k != "mean"})
+    with pytest.raises(ValueError, match="119 entries"):
+        CompositionFit.from_dict({**fit, "coefficients": [0.0]})
+    with pytest.raises(ValueError, match="finite"):
+        CompositionFit.from_dict({**fit, "stdev": float("nan")})
