@@ -6,7 +6,7 @@ tensors, numbers, strings and containers (see `FORMAT`), read with `torch.load(w
 | key | what |
 | --- | --- |
 | `format` | `FORMAT` |
-| `versions` | see `versions.py` |
+| `versions` | see `common.files` |
 | `config` | the resolved configuration |
 | `model`, `ema` | state dicts (`ema` is None without EMA) |
 | `tasks` | normalisers and element references, in eV and eV/Angstrom |
@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from faenet_ocp.common.versions import software_versions
+from faenet_ocp.common.files import software_versions
 
 FORMAT = 1
 _NO_COMMENT = b"\0\0"

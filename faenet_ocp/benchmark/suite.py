@@ -22,7 +22,7 @@ from faenet_ocp.benchmark.data import data_paths
 from faenet_ocp.benchmark.measure import measure, ratio
 from faenet_ocp.benchmark.models import FAENET, MAX_NEIGHBORS, Contender, Outputs
 from faenet_ocp.benchmark.systems import make_batch, make_systems, read_systems, slab_sizes
-from faenet_ocp.common.versions import software_versions
+from faenet_ocp.common.files import software_versions
 
 logger = logging.getLogger(__name__)
 

@@ -223,7 +223,7 @@ class BatchSource(Dataset):
 class Loader(DataLoader):
     """A DataLoader of `Batches` that ends with a ValueError at a sample that cannot be used."""
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         for batches in super().__iter__():
             if isinstance(batches, BadSample):
                 raise ValueError(batches.reason)

@@ -1,7 +1,7 @@
 """Metrics from predictions, and the results JSON of a run.
 
 `EnergyMetrics`, `ForceMetrics` and `BaselineMetrics` collect sums batch by batch, `build_results`
-puts their numbers into one document, `write_json` stores it. Tables are made from that document in
+puts their numbers into one document, `common.files.write_json` stores it. Tables are made from that document in
 `report.py`, plots in `plots.py`.
 
 Metrics are OC20's, under OCP's names (units in `UNITS`; thresholds are strict):
@@ -17,8 +17,6 @@ Legend: N atoms, B systems; energies (B,) eV; forces (N, 3) eV/A; arrays are num
 """
 
 import json
-import math
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -29,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from faenet_ocp.common.versions import software_versions
+from faenet_ocp.common.files import plain, software_versions
 from faenet_ocp.tasks.references import CompositionFit
 
 FORMAT = 1
@@ -364,7 +362,7 @@ def build_results(
         },
         "training": {"seconds_per_epoch": seconds_per_epoch, "epochs": epochs},
     }
-    return _plain(results, "results")
+    return plain(results, "results")
 
 
 def _average(splits: Mapping[str, Mapping[str, float | int]]) -> dict[str, float] | None:
@@ -377,46 +375,6 @@ def _average(splits: Mapping[str, Mapping[str, float | int]]) -> dict[str, float
         for key in (ENERGY_UNITS | FORCE_UNITS)
         if key in shared
     }
-
-
-def _plain(value: Any, where: str) -> Any:
-    """Only what strict JSON knows: numbers become Python's, NaN and infinities null."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item, f"{where}.{key}") for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
-    if isinstance(value, np.generic) or (isinstance(value, Tensor) and value.ndim == 0):
-        return _plain(value.item(), where)
-    if isinstance(value, Path):
-        return str(value)
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if value is None or isinstance(value, str | int):
-        return value
-    raise ValueError(f"{where}: a {type(value).__name__} cannot be stored in JSON")
-
-
-def write_json(data: Mapping[str, Any], path: str | Path) -> Path:
-    """Writes strict JSON under a temporary name, then renames it: never a partial file.
-
-    Raises:
-        ValueError: a value that JSON does not know, with its place.
-    """
-    text = json.dumps(_plain(data, "data"), indent=2, allow_nan=False)
-    return write_text(text + "\n", path)
-
-
-def write_text(text: str, path: str | Path) -> Path:
-    """Writes text under a temporary name in the same folder, then renames it."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    return path
 
 
 def load_results(path: str | Path) -> dict[str, Any]:

@@ -24,9 +24,10 @@ from fairchem.core.datasets.atomic_data import AtomicData
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from faenet_ocp.common.files import write_json
 from faenet_ocp.data.batch import Fields
 from faenet_ocp.data.oc20 import OC20LmdbDataset
-from faenet_ocp.evaluation.metrics import energy_metrics, write_json
+from faenet_ocp.evaluation.metrics import energy_metrics
 from faenet_ocp.inference.calculator import fixed_atoms
 from faenet_ocp.inference.relaxation import Evaluate, Relaxed, relax
 
@@ -158,7 +159,7 @@ def run(
             os.fsync(file.fileno())
             bar.update()
     metrics = relaxation_metrics(ase.io.iread(results, format="extxyz"))
-    write_json(metrics, folder / METRICS)
+    write_json(folder / METRICS, metrics)
     return metrics
 
 
@@ -173,7 +174,7 @@ def _check_settings(path: Path, settings: Mapping[str, Any], *, begun: bool) -> 
                 + "); choose another folder"
             )
     else:
-        write_json(settings, path)
+        write_json(path, settings)
 
 
 def _frame(relaxed: Relaxed) -> str:

@@ -27,9 +27,9 @@ from faenet_ocp.checkpoint import (
     save_step,
     step_checkpoints,
 )
+from faenet_ocp.common.files import write_json
 from faenet_ocp.config.schema import SourceConfig
 from faenet_ocp.data.loader import Batches, Key, TrainBatchSampler, even_slice, make_loader
-from faenet_ocp.evaluation.metrics import write_json
 from faenet_ocp.tasks.references import CompositionFit, CompositionRegression
 from faenet_ocp.tasks.tasks import SummedLoss, load_tasks_state, make_tasks, needs_fit, tasks_state
 from faenet_ocp.training.loggers import MetricLogger
@@ -259,7 +259,7 @@ class TrainingRun:
         regression = self._collect(dataset, total)
         fit = regression.solve()
         if distutils.is_master():
-            write_json({"training_set": key, "fit": fit.to_dict()}, path)
+            write_json(path, {"training_set": key, "fit": fit.to_dict()})
         return fit
 
     def _collect(self, dataset: Dataset, total: int) -> CompositionRegression:

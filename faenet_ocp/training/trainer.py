@@ -24,9 +24,10 @@ from torch.utils.data import Dataset
 
 from faenet_ocp import build
 from faenet_ocp.checkpoint import load_checkpoint, load_weights
+from faenet_ocp.common.files import write_json, write_text
 from faenet_ocp.config.schema import Config, SourceConfig, build_config, nearest
 from faenet_ocp.data.loader import EvalBatchSampler, make_loader
-from faenet_ocp.evaluation.metrics import UNITS, RunInfo, build_results, write_json, write_text
+from faenet_ocp.evaluation.metrics import UNITS, RunInfo, build_results
 from faenet_ocp.evaluation.plots import plot_learning_curve, plot_parity
 from faenet_ocp.evaluation.prediction import predict_split
 from faenet_ocp.evaluation.report import render_table
@@ -327,8 +328,8 @@ class OCPRunner(Runner):
             seconds_per_epoch=float(np.mean(state["epoch_seconds"])) if state["epoch_seconds"] else None,
             epochs=len(state["epoch_seconds"]) or None,
         )
-        write_json(document, results / "metrics.json")
-        write_text(render_table(document), results / "table.md")
+        write_json(results / "metrics.json", document)
+        write_text(results / "table.md", render_table(document))
         pairs = {s: (o.predictions["energy"], o.predictions["energy_target"]) for s, o in outcomes.items()}
         plot_parity(pairs, results / "parity_energy.png", dataset=label)
         forces = {split: outcome.forces for split, outcome in outcomes.items() if outcome.forces is not None}

@@ -1,0 +1,130 @@
+"""Files that are whole or not there: atomic writes, locks on folders, versions that results name."""
+
+import contextlib
+import fcntl
+import json
+import logging
+import math
+import os
+import platform
+import secrets
+from collections.abc import Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+TEMPORARY_SUFFIX = ".tmp"
+
+
+def write_bytes(path: str | Path, content: bytes) -> Path:
+    """Writes under a hidden temporary name in the same folder, syncs, and renames: a reader sees old or new, whole.
+
+    The folder of the file is created, not those above it: a run whose folder is gone does not make it anew.
+
+    Raises:
+        OSError: it could not be written; the old file, if there was one, is still there.
+    """
+    path = Path(path)
+    path.parent.mkdir(exist_ok=True)
+    temporary = temporary_path(path)
+    try:
+        temporary.write_bytes(content)
+        publish(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):  # the error of writing is the one that matters
+            temporary.unlink(missing_ok=True)
+    return path
+
+
+def write_text(path: str | Path, text: str) -> Path:
+    """`write_bytes` of UTF-8 text."""
+    return write_bytes(path, text.encode())
+
+
+def write_json(path: str | Path, data: Mapping[str, Any]) -> Path:
+    """`write_bytes` of strict JSON.
+
+    Raises:
+        ValueError: a value that JSON does not know, with its place.
+    """
+    return write_text(path, json.dumps(plain(data, "data"), indent=2, allow_nan=False) + "\n")
+
+
+def plain(value: Any, where: str) -> Any:
+    """Only what strict JSON knows: numbers of numpy and torch become Python's, NaN and infinities null.
+
+    Raises:
+        ValueError: something else, with its place.
+    """
+    if isinstance(value, Mapping):
+        return {str(key): plain(item, f"{where}.{key}") for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
+    if isinstance(value, Path):
+        return str(value)
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
+        return plain(value.item(), where)
+    raise ValueError(f"{where}: a {type(value).__name__} cannot be stored in JSON")
+
+
+def temporary_path(path: Path) -> Path:
+    """A name beside `path` that no reader's glob finds (hidden, with a suffix of its own) and no other writer has."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(6)}{TEMPORARY_SUFFIX}")
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Makes a finished temporary file durable and renames it: readers see the whole file or none."""
+    _sync(temporary)
+    os.replace(temporary, path)
+    with contextlib.suppress(OSError):  # not every file system can sync a folder; the file itself is safe
+        _sync(path.parent)
+
+
+def remove_leftovers(folder: str | Path) -> int:
+    """Deletes the temporary files of killed writers in a folder, in which no writer may be at work; how many."""
+    leftovers = list(Path(folder).glob(f".*{TEMPORARY_SUFFIX}"))
+    for leftover in leftovers:
+        leftover.unlink(missing_ok=True)
+    return len(leftovers)
+
+
+@contextlib.contextmanager
+def exclusive(lock: Path, folder: Path) -> Iterator[None]:
+    """Makes a folder ours alone by the lock on a file; the lock goes with the process, however that ends.
+
+    Raises:
+        ValueError: another process is writing there.
+    """
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{folder}: another process is writing there") from None
+        except OSError as error:  # some network file systems have no locks
+            logger.warning("%s: cannot be locked (%s); do not start a second process there", folder, error)
+        yield
+
+
+def software_versions() -> dict[str, str | None]:
+    """Python and the packages whose change could change a result; None for one that is only on the path."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in ("torch", "torch-geometric", "fairchem-core", "faenet-ocp"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,135 @@
+"""THE table of what can be predicted; a new target is a row of it.
+
+Heads, losses, averaging over frames, metrics, columns of tables, normalisers, predictions and the calculator follow
+from a target's level (one value for each system, or for each atom) and rank (0: scalar, the mean over the frames is
+taken; 1: vector, rotated back before). Any other scalar of systems can be predicted if the configuration declares its
+unit (`outputs: {gap: {unit: eV}}`): `resolve`.
+"""
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+Level = Literal["system", "atom"]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One number that says how good predictions are.
+
+    Attributes:
+        name: key in results, logs and `primary_metric`.
+        unit: of its values; "%" and "1" for shares and cosines.
+        higher_is_better: direction.
+    """
+
+    name: str
+    unit: str
+    higher_is_better: bool = False
+
+
+@dataclass(frozen=True)
+class Target:
+    """One predicted property.
+
+    Attributes:
+        name: in YAML, checkpoints, results, and of the label.
+        level: "system", shape (B, dimension), or "atom", (N, dimension).
+        rank: 0 scalar (without the axis of the dimension), 1 vector.
+        unit: physical unit of labels and predictions.
+        metrics: computed by ``evaluation.metrics``.
+        threshold: largest error that counts as a hit, in `unit`; None: there is no such metric.
+        extensive: grows with the system, so that element references make sense.
+        aliases: names that the label has had in OC20's files, besides those of `dataset.key_mapping`.
+    """
+
+    name: str
+    level: Level
+    rank: Literal[0, 1]
+    unit: str
+    metrics: tuple[Metric, ...]
+    threshold: float | None = None
+    extensive: bool = False
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def dimension(self) -> int:
+        """Numbers for each system or atom."""
+        return 3 if self.rank else 1
+
+
+def scalar(name: str, unit: str) -> Target:
+    """A scalar of systems that has no row of its own."""
+    return Target(
+        name=name,
+        level="system",
+        rank=0,
+        unit=unit,
+        metrics=(Metric(f"{name}_mae", unit), Metric(f"{name}_mse", f"{unit}^2")),
+        aliases=(name,),
+    )
+
+
+TARGETS: dict[str, Target] = {
+    "energy": Target(
+        name="energy",
+        level="system",
+        rank=0,
+        unit="eV",
+        metrics=(
+            Metric("energy_mae", "eV"),
+            Metric("energy_mse", "eV^2"),
+            Metric("energy_within_threshold", "%", higher_is_better=True),
+        ),
+        threshold=0.02,
+        extensive=True,
+        aliases=("y_relaxed", "energy", "y"),
+    ),
+    "forces": Target(
+        name="forces",
+        level="atom",
+        rank=1,
+        unit="eV/A",
+        metrics=(
+            Metric("forces_mae", "eV/A"),
+            Metric("forces_cosine_similarity", "1", higher_is_better=True),
+            Metric("forces_magnitude_error", "eV/A"),
+            Metric("energy_forces_within_threshold", "%", higher_is_better=True),
+        ),
+        threshold=0.03,
+        aliases=("forces", "force"),
+    ),
+}
+"""By name. IS2RE labels are called y_relaxed, those of fairchem 1.x energy and forces, earlier ones y and force."""
+
+
+def resolve(name: str, *, level: str | None = None, unit: str | None = None) -> Target:
+    """The row of a name, or a scalar of systems with the declared unit.
+
+    Args:
+        name: as in `outputs:`.
+        level, unit: what the configuration says of it; None: nothing.
+
+    Raises:
+        ValueError: no row and no unit, or a level or unit other than that of the row; says what would be right.
+    """
+    row = TARGETS.get(name)
+    if row is None:
+        if unit is None:
+            near = difflib.get_close_matches(name, TARGETS, n=1, cutoff=0.6)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(TARGETS)}"
+            raise ValueError(f"outputs.{name}: unknown; {hint}; any other scalar of systems needs its `unit`")
+        if level not in (None, "system"):
+            raise ValueError(f"outputs.{name}.level: {level!r}; only scalars of the system can be declared")
+        return scalar(name, unit)
+    if level not in (None, row.level):
+        raise ValueError(f"outputs.{name}.level: {name} is a property of the {row.level}, got {level!r}")
+    if unit not in (None, row.unit):
+        raise ValueError(f"outputs.{name}.unit: {name} is in {row.unit}, got {unit!r}")
+    return row
+
+
+def metrics_of(targets: Iterable[Target]) -> dict[str, Metric]:
+    """All metrics of some targets by name, in their order."""
+    return {metric.name: metric for target in targets for metric in target.metrics}
