@@ -40,8 +40,6 @@ ALLOWED = {
 FAIRCHEM = (
     "models.fairchem models.frame_averaging data tasks training evaluation launch build config inference benchmark"
 )
-    "models.fairchem models.frame_averaging data tasks training evaluation launch build config inference benchmark"
-)
 TORCH_ONLY = "frames graph.vectors models"
 LONGEST = 400
 

@@ -20,10 +20,10 @@ from fairchem.core.common.utils import UniqueKeyLoader, recursive_dict_merge
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from faenet_ocp.config.slurm import SlurmConfig
+from faenet_ocp.targets import TASKS, Target, resolve
 
 FRAME_METHODS = Literal["full", "stochastic", "det", "canonical", "data_augmentation", "none"]
 LOGGERS = Literal["tensorboard", "wandb", "none"]
-TASKS = Literal["is2re", "s2ef"]
 
 
 class _Section(BaseModel):
@@ -82,12 +82,14 @@ class NormalizerConfig(_Section):
 class OutputConfig(_Section):
     """`outputs.<name>:` one predicted property.
 
+    A scalar of systems that is not in `targets.TARGETS` is predicted beside those of the task once its `unit` is given.
     `eval_from: energy_gradient` (forces) evaluates -dE/dX instead of the predicted forces: conservative, and slower.
     `normalizer: fit` takes mean and standard deviation from the training set (after the element references);
     `element_references: fit` subtracts the least-squares energy of the composition, fitted on the training set.
     """
 
     level: Literal["system", "atom"] | None = None
+    unit: str | None = None
     normalizer: NormalizerConfig | Literal["fit"] = NormalizerConfig()
     element_references: Literal["fit"] | None = None
     train_on_free_atoms: bool = True
@@ -195,12 +197,12 @@ class Config(_Section):
     """The whole configuration of a run; `model` is checked against the registered model's constructor."""
 
     trainer: str
-    task: TASKS
+    task: Literal["is2re", "s2ef"]
     dataset: DatasetConfig
     model: dict[str, Any]
     frames: FramesConfig = FramesConfig(method="none")
-    outputs: dict[Literal["energy", "forces"], OutputConfig] = {}
-    loss_functions: list[dict[Literal["energy", "forces", "gradient"], LossConfig]] = []
+    outputs: dict[str, OutputConfig] = {}
+    loss_functions: list[dict[str, LossConfig]] = []
     evaluation_metrics: EvaluationConfig = EvaluationConfig()
     optim: OptimConfig
     logger: LoggerConfig = LoggerConfig()
@@ -216,9 +218,12 @@ class Config(_Section):
     def _consistent(self) -> "Config":
         if not isinstance(self.model.get("name"), str):
             raise ValueError("model.name: missing; it names a registered model, e.g. faenet")
+        for name, output in self.outputs.items():
+            target = resolve(name, level=output.level, unit=output.unit)
+            if name not in TASKS[self.task] and target.level != "system":
+                raise ValueError(f"outputs.{name}: task {self.task} predicts only {', '.join(TASKS[self.task])}")
         properties = self.properties
         for section, names in (
-            ("outputs", self.outputs),
             ("loss_functions", [name for name in self.losses if name != "gradient"]),
             ("evaluation_metrics.metrics", self.evaluation_metrics.metrics),
         ):
@@ -227,8 +232,9 @@ class Config(_Section):
                     raise ValueError(f"{section}.{name}: task {self.task} predicts only {', '.join(properties)}")
         if "gradient" in self.losses and "forces" not in properties:
             raise ValueError("loss_functions.gradient: compares forces with -dE/dX, and the task predicts no forces")
-        if "energy" in self.outputs and self.outputs["energy"].eval_from != "prediction":
-            raise ValueError("outputs.energy.eval_from: only forces can be taken from the energy's gradient")
+        for name, output in self.outputs.items():
+            if name != "forces" and output.eval_from != "prediction":
+                raise ValueError(f"outputs.{name}.eval_from: only forces can be taken from the energy's gradient")
         split = self.evaluation_metrics.primary_metric.split
         if self.dataset.val and split not in self.dataset.val:
             raise ValueError(
@@ -240,9 +246,15 @@ class Config(_Section):
         return self
 
     @property
+    def targets(self) -> tuple[Target, ...]:
+        """What is predicted: that of the task, energies first, then what else `outputs` names."""
+        names = dict.fromkeys([*TASKS[self.task], *self.outputs])
+        return tuple(resolve(name, unit=self.output(name).unit) for name in names)
+
+    @property
     def properties(self) -> tuple[str, ...]:
-        """What the task predicts, energies first."""
-        return ("energy",) if self.task == "is2re" else ("energy", "forces")
+        """Names of the `targets`."""
+        return tuple(target.name for target in self.targets)
 
     @property
     def losses(self) -> dict[str, LossConfig]:
@@ -252,7 +264,7 @@ class Config(_Section):
 
     def output(self, name: str) -> OutputConfig:
         """Settings of one predicted property."""
-        return self.outputs.get(name, OutputConfig())  # type: ignore[call-overload]
+        return self.outputs.get(name, OutputConfig())
 
 
 class _Loader(UniqueKeyLoader):

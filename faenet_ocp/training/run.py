@@ -5,13 +5,15 @@ import logging
 import signal
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from fairchem.core.common import distutils
 from numpy.typing import NDArray
+from omegaconf import DictConfig
 from torch.utils.data import Dataset, Sampler
 from torchtnt.framework import State, train
 from torchtnt.framework.callback import Callback
@@ -28,25 +30,34 @@ from faenet_ocp.checkpoint import (
     step_checkpoints,
 )
 from faenet_ocp.common.files import write_json
-from faenet_ocp.config.schema import SourceConfig
+from faenet_ocp.config.schema import Config, SourceConfig
 from faenet_ocp.data.loader import Batches, Key, TrainBatchSampler, even_slice, make_loader
+from faenet_ocp.evaluation.evaluator import Evaluator
 from faenet_ocp.tasks.references import CompositionFit, CompositionRegression
 from faenet_ocp.tasks.tasks import SummedLoss, load_tasks_state, make_tasks, needs_fit, tasks_state
 from faenet_ocp.training.loggers import MetricLogger
 from faenet_ocp.training.unit import OCPTrainUnit
-
-if TYPE_CHECKING:
-    from faenet_ocp.training.trainer import OCPRunner
 
 _STATISTICS_LIMIT = 1_000_000
 _HIGHER_IS_BETTER = ("within_threshold", "cosine_similarity")
 
 
 class TrainingRun:
-    """One training run on this rank: statistics, loop, checkpoints, early and final evaluation."""
+    """One training run on this rank: statistics, loop, checkpoints, early and final evaluation.
 
-    def __init__(self, runner: "OCPRunner"):
-        self.runner, self.config, self.folder = runner, runner.config, runner.folder
+    Args:
+        config: of the run.
+        folder: of the run.
+        job_config: fairchem's job section.
+        evaluator: of its validation splits.
+        checkpoint: weights to begin with; not used where the run goes on from a checkpoint of its own.
+    """
+
+    def __init__(
+        self, config: Config, folder: Path, *, job_config: DictConfig, evaluator: Evaluator, checkpoint: str | None
+    ):
+        self.config, self.folder, self.job_config = config, folder, job_config
+        self.evaluator, self.checkpoint = evaluator, checkpoint
         self.checkpoints = self.folder / "checkpoints"
         self.best: dict[str, Any] = {"value": None, "step": None}
         self.epoch_seconds: list[float] = []
@@ -82,7 +93,7 @@ class TrainingRun:
         )
         self.tasks = make_tasks(config, self.fit)
         self.unit = OCPTrainUnit(
-            job_config=self.runner.job_config,
+            job_config=self.job_config,
             model=build.make_model(config),
             tasks=self.tasks,
             optim=optim,
@@ -131,8 +142,8 @@ class TrainingRun:
             remove_leftovers(self.checkpoints)
         found = load_newest(self.checkpoints)
         if found is None:
-            if self.runner.checkpoint is not None:
-                self._fine_tune(self.runner.checkpoint)
+            if self.checkpoint is not None:
+                self._fine_tune(self.checkpoint)
             return
         path, state = found
         try:
@@ -210,7 +221,7 @@ class TrainingRun:
         if not self.config.dataset.val:
             return
         limit = self.config.evaluation_metrics.max_systems
-        outcomes = self.runner.evaluate(self.unit.eval_model, self.tasks, self.fit, max_systems=limit)
+        outcomes = self.evaluator.evaluate(self.unit.eval_model, self.tasks, self.fit, max_systems=limit)
         step = self.unit.train_progress.num_steps_completed
         if self.logger is not None:
             values = {f"{s}/{name}": value for s, o in outcomes.items() for name, value in o.metrics.items()}
@@ -240,8 +251,8 @@ class TrainingRun:
             logging.info("the run is finished and reported")
             return
         load_weights(self.unit.raw_model, state)
-        outcomes = self.runner.evaluate(self.unit.raw_model, self.tasks, self.fit)
-        self.runner.report(self.unit.raw_model, outcomes, state | {"epoch_seconds": self.epoch_seconds}, str(path))
+        outcomes = self.evaluator.evaluate(self.unit.raw_model, self.tasks, self.fit)
+        self.evaluator.report(self.unit.raw_model, outcomes, state | {"epoch_seconds": self.epoch_seconds}, str(path))
 
     # ---------------------------------------------------------------------------------- statistics
     def _statistics(self, source: SourceConfig) -> CompositionFit | None:

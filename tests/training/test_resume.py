@@ -18,10 +18,10 @@ import pytest
 import processes
 from faenet_ocp import checkpoint
 from faenet_ocp.checkpoint import load_checkpoint, step_checkpoints
+from faenet_ocp.evaluation.evaluator import Evaluator
 from faenet_ocp.launch import cli
 from faenet_ocp.launch.cli import main
 from faenet_ocp.training.loggers import MetricLogger
-from faenet_ocp.training.trainer import OCPRunner
 from faenet_ocp.training.unit import OCPTrainUnit
 
 STEPS = 36
@@ -459,14 +459,14 @@ def test_a_full_disk_may_be_a_warning(data: Path, small_disk: Path, tmp_path: Pa
 
 
 def _in_second_save_of_an_evaluation() -> None:
-    evaluate = OCPRunner.evaluate
+    evaluate = Evaluator.evaluate
 
     def dying(self, *args, **kwargs):  # type: ignore[no-untyped-def]
         checkpoint.os = _Os()  # type: ignore[assignment]
         _at_call(checkpoint.os, "fsync", 2, before=True)()  # after best.pt
         return evaluate(self, *args, **kwargs)
 
-    OCPRunner.evaluate = dying  # type: ignore[method-assign]
+    Evaluator.evaluate = dying  # type: ignore[method-assign]
 
 
 def test_an_evaluation_that_is_repeated_is_logged_once(

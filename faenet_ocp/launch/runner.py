@@ -1,0 +1,93 @@
+"""The runner that fairchem starts on every rank: train, validate or predict.
+
+A run lives in one folder: `config.yml` (resolved), `checkpoints/`, `logs/`, `results/`, `statistics.json`.
+"""
+
+import os
+import signal
+from pathlib import Path
+
+import torch
+import yaml
+from fairchem.core.common import distutils
+from fairchem.core.components.runner import Runner
+from fairchem.core.launchers.api import SchedulerType
+
+from faenet_ocp.checkpoint import load_checkpoint
+from faenet_ocp.config.schema import Config, build_config
+from faenet_ocp.evaluation.evaluator import Evaluator
+from faenet_ocp.launch.local_ranks import rank_errors, say, stop_signals
+from faenet_ocp.tasks.references import CompositionFit
+from faenet_ocp.training.run import TrainingRun
+
+
+class OCPRunner(Runner):
+    """What happens on each rank.
+
+    Args:
+        config_path: resolved configuration in the run's folder.
+        mode: train, validate or predict.
+        checkpoint: weights for validate and predict.
+    """
+
+    def __init__(self, config_path: str, mode: str, checkpoint: str | None = None):
+        self.folder = Path(config_path).parent
+        self.config = build_config(yaml.safe_load(Path(config_path).read_text()))
+        self.mode, self.checkpoint = mode, checkpoint
+        self._training: TrainingRun | None = None
+
+    def load_state(self, checkpoint_location: str | None) -> None:
+        """Nothing to do: a run goes on from the newest checkpoint in its folder."""
+
+    def save_state(self, checkpoint_location: str, is_preemption: bool = False) -> bool:
+        """False: there is no state beside the run's checkpoints, which `run` finds itself."""
+        return False
+
+    def stop_soon(self) -> bool:
+        """What a SLURM job calls, from any thread: asks training to save and to stop after the present step.
+
+        Returns:
+            False when no steps are being done, and there is nothing to save.
+        """
+        return self._training is not None and self._training.request_stop(128 + signal.SIGTERM)
+
+    def run(self) -> None:
+        """Trains if asked to, then evaluates or predicts and writes the results."""
+        with rank_errors():
+            if self.job_config.scheduler.mode != SchedulerType.LOCAL:  # SLURM has its own way of asking for an end
+                self._run()
+                return
+            with stop_signals(self._stop):
+                self._run()
+
+    def _stop(self, status: int) -> None:
+        if self._training is None or not self._training.request_stop(status):
+            say("stopped")
+            raise SystemExit(status)
+        if distutils.is_master():
+            say("stopping after this step; the same signal again stops at once")
+
+    def _run(self) -> None:
+        _leave_cores_to_the_loader(self.config)
+        evaluator = Evaluator(self.config, self.folder)
+        if self.mode == "train":
+            self._training = TrainingRun(
+                self.config, self.folder, job_config=self.job_config, evaluator=evaluator, checkpoint=self.checkpoint
+            )
+            self._training.run()
+            return
+        path = str(self.checkpoint)
+        state = load_checkpoint(path)
+        model, tasks = evaluator.load_model(state)
+        if self.mode == "predict":
+            evaluator.predict(model, tasks, path)
+            return
+        fit = CompositionFit.from_dict(state["statistics"]) if state.get("statistics") else None
+        evaluator.report(model, evaluator.evaluate(model, tasks, fit), state, path)
+
+
+def _leave_cores_to_the_loader(config: Config) -> None:
+    """On a CPU, threads that wait for a core that a loader worker has make every step wait."""
+    alone = config.job.cpu and distutils.get_world_size() == 1
+    if alone and "OMP_NUM_THREADS" not in os.environ and hasattr(os, "sched_getaffinity"):
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) - config.optim.num_workers))
