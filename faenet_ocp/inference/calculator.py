@@ -25,17 +25,17 @@ from ase.constraints import FixAtoms
 from fairchem.core.datasets.atomic_data import AtomicData, atomicdata_list_to_batch
 from numpy.typing import NDArray
 
-from faenet_ocp import build
-from faenet_ocp.checkpoint import load_checkpoint, load_weights
+from faenet_ocp.checkpoint import load_checkpoint
 from faenet_ocp.common.elements import MAX_ATOMIC_NUMBER, describe
 from faenet_ocp.config.schema import Config, build_config, nearest, without_removed
 from faenet_ocp.data.oc20 import DTYPES, NUM_ELEMENTS
 from faenet_ocp.data.transforms import Compose
+from faenet_ocp.evaluation.evaluator import load_model
 from faenet_ocp.frames import METHODS, compute_frames
 from faenet_ocp.graph.neighbors import build_graph
 from faenet_ocp.models.embedding import NUM_TAGS, AtomEmbedding
-from faenet_ocp.tasks.references import CompositionFit
-from faenet_ocp.tasks.tasks import conservative_outputs, load_tasks_state, make_tasks, tasks_to_device, to_physical
+from faenet_ocp.tasks.references import fits_from_dict
+from faenet_ocp.tasks.tasks import conservative_outputs, to_physical
 
 logger = logging.getLogger(__name__)
 
@@ -93,26 +93,20 @@ class Predictor:
         trained = build_config(without_removed(state["config"]))
         self.config = config = _inference_config(trained, frames, forces, precision)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        with torch.random.fork_rng(devices=[]):  # the initial weights, replaced below, are drawn after seeding
-            self.model = build.make_model(config)
-        load_weights(self.model, state)
+        self.model, self.tasks = load_model(state, config, self.device)
         embeddings = [module for module in self.model.modules() if isinstance(module, AtomEmbedding)]
         self._known_elements = torch.arange(NUM_ELEMENTS) > 0
         for embedding in embeddings:
             self._known_elements &= embedding.known_elements.cpu()
         self._reads_tags = any(embedding.tag is not None for embedding in embeddings)
-        self.model.to(self.device).eval().requires_grad_(False)
-        self.tasks = make_tasks(config.model_copy(update={"outputs": {}}), None)
-        load_tasks_state(self.tasks, state["tasks"])
-        tasks_to_device(self.tasks, self.device)
+        self.model.eval().requires_grad_(False)
         self.properties = config.properties
         self.conservative = config.output("forces").eval_from == "energy_gradient"
         transforms = {name: given or {} for name, given in config.dataset.transforms.items() if given is not False}
         self.transforms = Compose(transforms)
         self._removes_subsurface = "remove_subsurface" in transforms
         self.generator = torch.Generator().manual_seed(seed)
-        statistics = state.get("statistics")
-        self._training_set = CompositionFit.from_dict(statistics) if statistics else None
+        self._training_set = fits_from_dict(state.get("statistics")).get("energy")
         self._warned: set[str] = set()
 
     @torch.no_grad()
