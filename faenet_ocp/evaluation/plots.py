@@ -36,15 +36,12 @@ def plot_parity(splits: Mapping[str, _Points], path: Path, *, dataset: str, targ
     """Prediction against label, one panel a split, all panels on the same axes.
 
     Args:
-        splits: split name to (prediction, label): scalars (B,), or vectors (M, 3), whose components are the points.
+        splits: split name to (prediction, label), finite: scalars (B,), or vectors (M, 3), whose components are drawn.
         path: PNG to write (atomically).
         dataset: what data it is; heads the figure.
         target: what is predicted.
-
-    Raises:
-        ValueError: an empty split or values that are not finite.
     """
-    points = {name: _flat_pair(name, *pair) for name, pair in splits.items()}
+    points = {name: (pred.ravel(), label.ravel()) for name, (pred, label) in splits.items()}
     low = min(float(min(pred.min(), label.min())) for pred, label in points.values())
     high = max(float(max(pred.max(), label.max())) for pred, label in points.values())
     margin = 0.04 * (high - low) or 1.0
@@ -64,15 +61,6 @@ def plot_parity(splits: Mapping[str, _Points], path: Path, *, dataset: str, targ
         ax.set_axis_off()
     _draw_points(figure, list(axes[: len(points)]), list(points.values()), limits)
     return _save(figure, path)
-
-
-def _flat_pair(name: str, pred: np.ndarray, label: np.ndarray) -> _Points:
-    if pred.size == 0:
-        raise ValueError(f"split {name!r}: nothing to plot")
-    bad = int((~np.isfinite(pred) | ~np.isfinite(label)).sum())
-    if bad:
-        raise ValueError(f"split {name!r}: {bad} of {pred.size} points are not finite")
-    return pred.ravel(), label.ravel()
 
 
 def _draw_points(figure: Figure, axes: list[Axes], points: list[_Points], limits: tuple[float, float]) -> None:

@@ -9,8 +9,9 @@ from fairchem.core.common.utils import recursive_dict_merge
 from faenet_ocp import build
 from faenet_ocp.config.schema import build_config, load_yaml
 from faenet_ocp.data.loader import collate
-from faenet_ocp.tasks.references import CompositionRegression
-from faenet_ocp.tasks.tasks import make_tasks, needs_fit, task_loss
+from faenet_ocp.tasks.losses import task_loss
+from faenet_ocp.tasks.references import fit_labels
+from faenet_ocp.tasks.tasks import make_tasks, needs_fit
 from faenet_ocp.training.unit import learning_rate_schedule, make_optimizer
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -26,12 +27,8 @@ def test_a_step_at_real_size(path: Path, small_is2re: Path, small_s2ef: Path) ->
     config = build_config(recursive_dict_merge(raw, {"dataset": data}))
     dataset = build.make_dataset(config, config.dataset.train, training=True)
     (batch,) = collate([dataset[0, index] for index in range(4)])
-    fit = None
-    if needs_fit(config):
-        regression = CompositionRegression()
-        regression.update(batch.composition, batch.energy)
-        fit = regression.solve()
-    tasks = make_tasks(config, fit)
+    fits = fit_labels([(batch.composition, {"energy": batch.energy})], ["energy"]) if needs_fit(config) else {}
+    tasks = make_tasks(config, fits)
     model = build.make_model(config)
     before = [parameter.detach().clone() for parameter in model.parameters()]
     optimizer = make_optimizer(config.optim)(model.parameters())

@@ -1,35 +1,25 @@
-"""Plots are written, whole, and refuse what they cannot show; the metrics log is read as told."""
+"""What is drawn: pairs of a split, and the log that a real run wrote."""
 
 import json
 import logging
-import os
 
 import numpy as np
 import pytest
-import torch
 from matplotlib.axes import Axes
 from matplotlib.image import imread
 
-from faenet_ocp.evaluation.plots import plot_learning_curve, plot_parity, read_metrics_log
+import small_runs
+from faenet_ocp.evaluation.plots import plot_learning_curve, plot_parity
+from faenet_ocp.targets import TARGETS, scalar
+
+ENERGY, FORCES = TARGETS["energy"], TARGETS["forces"]
+DECLARED = [*TARGETS.values(), scalar("gap", "eV")]
 
 
 def points(size, seed=0):
     rng = np.random.default_rng(seed)
-    target = rng.normal(-1.5, 2.0, size)
-    return target + rng.normal(0.0, 0.3, size), target
-
-
-def write_log(path, records):
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return path
-
-
-def training_log(path):
-    records = [{"step": step, "epoch": step / 50, "train/loss": 20 / step, "lr": 1e-3 / step} for step in range(1, 201)]
-    for step in (50, 100, 150, 200):
-        records.append({"step": step, "val_id/energy_mae": 1 / step, "val_mine/energy_mae": 0.5})
-        records.append({"step": step, "val_id/forces_mae": 0.05})
-    return write_log(path, records)
+    label = rng.normal(-1.5, 2.0, size)
+    return label + rng.normal(0.0, 0.3, size), label
 
 
 @pytest.fixture
@@ -49,118 +39,108 @@ def drawn(monkeypatch):
     return calls
 
 
+def panels(drawn):
+    return [args[0] for args, _ in drawn["set_ylabel"]]
+
+
+def curves(drawn):
+    """Steps and values by the first line of the label."""
+    return {kwargs.get("label", "").split("\n")[0]: args for args, kwargs in drawn["plot"]}
+
+
+def learning_curve(tmp_path, records, targets=(ENERGY,)):
+    log = tmp_path / "metrics.jsonl"
+    log.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return plot_learning_curve(log, tmp_path / "curve.png", dataset="test data", targets=targets)
+
+
 def test_parity_of_four_splits(tmp_path, drawn):
     splits = {f"val_{i}": points(50 + i, seed=i) for i in range(4)}
-    path = plot_parity(splits, tmp_path / "plots" / "parity.png", dataset="test data")
+    path = plot_parity(splits, tmp_path / "plots" / "parity.png", dataset="test data", target=ENERGY)
     assert [p.name for p in path.parent.iterdir()] == ["parity.png"]
     image = imread(path)
     assert image.shape[0] > 700 and image.shape[1] > 700
     assert len(np.unique(image.reshape(-1, image.shape[2]), axis=0)) > 50
     assert len(drawn["scatter"]) == 4 and not drawn["hexbin"]
-    for (args, _), (pred, target) in zip(drawn["scatter"], splits.values(), strict=True):
-        np.testing.assert_array_equal(args[0], target)  # label on x
+    for (args, _), (pred, label) in zip(drawn["scatter"], splits.values(), strict=True):
+        np.testing.assert_array_equal(args[0], label)  # label on x
         np.testing.assert_array_equal(args[1], pred)
-    pred, target = splits["val_2"]
-    mae = np.abs(pred - target).mean()
-    titles = [args[0] for args, _ in drawn["set_title"]]
-    assert f"val_2: MAE {mae:#.3g} eV, 52 systems" in titles
+    mae = np.abs(np.subtract(*splits["val_2"])).mean()
+    assert f"val_2: MAE {mae:#.3g} eV, 52 systems" in [args[0] for args, _ in drawn["set_title"]]
 
 
 def test_many_points_become_hexagons_in_every_panel(tmp_path, drawn):
     splits = {"val_id": points(200_000), "val_ood_ads": points(20)}
-    plot_parity(splits, tmp_path / "parity.png", dataset="test data")
+    plot_parity(splits, tmp_path / "parity.png", dataset="test data", target=ENERGY)
     assert len(drawn["hexbin"]) == 2 and not drawn["scatter"]
 
 
-def test_parity_of_forces_shows_components(tmp_path, drawn):
-    pred, target = (torch.from_numpy(x).reshape(-1, 3) for x in points(30))
-    splits = {"val_id": (pred.requires_grad_(), target)}
-    plot_parity(splits, tmp_path / "p.png", dataset="test data", quantity="forces")
-    title = drawn["set_title"][-1][0][0]
-    assert title.endswith("eV/A, 30 components")
-
-
-def test_parity_of_one_point(tmp_path):
-    pair = (np.array([1.0]), np.array([1.0]))
-    assert plot_parity({"s": pair}, tmp_path / "p.png", dataset="d").is_file()
-
-
 @pytest.mark.parametrize(
-    ("splits", "quantity", "message"),
+    ("target", "pair", "end"),
     [
-        ({}, "energy", "at least one split"),
-        ({"val_id": (np.zeros(0), np.zeros(0))}, "energy", "'val_id'.*not be empty"),
-        ({"val_id": (np.zeros(2), np.zeros(3))}, "energy", r"got \(2,\) and \(3,\)"),
-        ({"val_id": (np.array([0, np.nan]), np.zeros(2))}, "energy", "'val_id': 1 of 2 points"),
-        ({"val_id": points(3)}, "stress", "quantity must be one of"),
+        (FORCES, tuple(values.reshape(-1, 3) for values in points(30)), "eV/A, 30 components"),
+        (scalar("gap", "meV"), (np.array([1.0]), np.array([1.0])), "meV, 1 systems"),
     ],
 )
-def test_parity_refuses(tmp_path, splits, quantity, message):
-    with pytest.raises(ValueError, match=message):
-        plot_parity(splits, tmp_path / "p.png", dataset="d", quantity=quantity)
-    assert not list(tmp_path.iterdir())
+def test_parity_follows_the_table_of_targets(tmp_path, drawn, target, pair, end):
+    plot_parity({"val_id": pair}, tmp_path / "p.png", dataset="test data", target=target)
+    assert drawn["set_title"][-1][0][0].endswith(end)
 
 
-def test_an_interrupted_plot_keeps_the_old_one(tmp_path, monkeypatch):
-    path = plot_parity({"s": points(5)}, tmp_path / "p.png", dataset="d")
-    before = path.read_bytes()
-
-    def interrupted(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(os, "replace", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        plot_parity({"s": points(9)}, path, dataset="d")
-    assert path.read_bytes() == before
+def test_the_learning_curve_of_a_real_run(small_s2ef, tmp_path, drawn):
+    """Two steps: the cosine is at its half when the second one is logged."""
+    run = small_runs.train("s2ef", small_s2ef).parent.parent
+    drawn["plot"].clear(), drawn["set_ylabel"].clear()
+    log = run / "logs" / "metrics.jsonl"
+    path = plot_learning_curve(log, tmp_path / "curve.png", dataset="d", targets=list(TARGETS.values()))
+    assert panels(drawn) == ["training loss", "Energy MAE [eV]", "Force MAE [meV/A]", "learning rate"]
+    assert imread(path).shape[0] > 900
+    (steps, values), _ = drawn["plot"][-1]
+    assert (list(steps), list(values)) == ([2], [pytest.approx(0.002 / 2)])
+    metrics = json.loads((run / "results" / "metrics.json").read_text())["splits"]["val_id"]
+    steps, values = curves(drawn)["val_id"]  # forces, drawn last
+    assert (list(steps), list(values)) == ([2], [pytest.approx(1e3 * metrics["forces_mae"], rel=1e-5)])
 
 
 def test_learning_curve_shows_what_was_logged(tmp_path, drawn):
-    path = plot_learning_curve(training_log(tmp_path / "metrics.jsonl"), tmp_path / "curve.png", dataset="test data")
-    image = imread(path)
-    assert image.shape[0] > 900
-    assert [args[0] for args, _ in drawn["set_ylabel"]] == [
-        "training loss",
-        "energy MAE [eV]",
-        "force MAE [meV/A]",
-        "learning rate",
-    ]
-    curves = {kwargs.get("label", "").split("\n")[0]: args for args, kwargs in drawn["plot"]}
-    np.testing.assert_array_equal(curves["val_id"][1], np.full(4, 50.0))  # meV/A, drawn last
-    assert list(curves["val_mine"][0]) == [50, 100, 150, 200]
-    assert "mean of 4 records" in curves
-    steps, smooth = curves["mean of 4 records"]
+    records = [{"step": s, "epoch": s / 50, "train/loss": 20 / s, "train/lr": 1e-3 / s} for s in range(1, 201)]
+    for step in (50, 100, 150, 200):
+        records.append({"step": step, "val_mine/energy_mae": 0.5, "val_id/energy_mae": 1 / step, "val_id/gap_mae": 2})
+    learning_curve(tmp_path, records, DECLARED)
+    assert panels(drawn) == ["training loss", "Energy MAE [eV]", "gap MAE [eV]", "learning rate"]
+    found = curves(drawn)
+    assert [label for label in found if label.startswith("val")] == ["val_id", "val_mine"]  # OC20's first
+    assert list(found["val_mine"][0]) == [50, 100, 150, 200]
+    steps, smooth = found["mean of 4 records"]
     assert (steps[0], len(smooth)) == (4, 197)
     assert smooth[0] == pytest.approx(np.mean([20, 10, 20 / 3, 5]))
 
 
 def test_panels_without_records_are_left_out(tmp_path, drawn):
-    log = write_log(tmp_path / "m.jsonl", [{"step": 1, "train/loss": 0.0, "lr": None}])
-    plot_learning_curve(log, tmp_path / "curve.png", dataset="d")
-    assert [args[0] for args, _ in drawn["set_ylabel"]] == ["training loss"]
+    learning_curve(tmp_path, [{"step": 1, "train/loss": 0.0, "train/lr": None}])
+    assert panels(drawn) == ["training loss"]
 
 
 def test_a_step_logged_twice_counts_as_logged_last(tmp_path, drawn):
     records = [{"step": step, "train/loss": 1.0} for step in (1, 2, 3, 4)]
     records += [{"step": step, "train/loss": 2.0} for step in (3, 4, 5)]
-    log = write_log(tmp_path / "m.jsonl", records)
-    plot_learning_curve(log, tmp_path / "curve.png", dataset="d")
+    learning_curve(tmp_path, records)
     ((steps, values), _) = drawn["plot"][0]
     assert list(steps) == [1, 2, 3, 4, 5]
     assert list(values) == [1, 1, 2, 2, 2]
 
 
-def test_damaged_lines_of_a_log_are_counted_and_skipped(tmp_path, caplog):
-    path = tmp_path / "m.jsonl"
-    path.write_bytes(b'{"step": 1, "lr": 0.1}\n{"step": 2, "l\n\n[1]\n\xff\xfe\n{"lr": 1}\n{"step": 3, "lr": 0.2}')
+def test_damaged_lines_of_a_log_are_counted_and_skipped(tmp_path, drawn, caplog):
+    log = tmp_path / "m.jsonl"
+    lines = [b'{"step": 1, "train/lr": 0.1}', b'{"step": 2, "t', b"", b"[1]", b"\xff\xfe", b'{"train/lr": 1}']
+    log.write_bytes(b"\n".join([*lines, b'{"step": 3, "train/lr": 0.2}']))
     with caplog.at_level(logging.WARNING):
-        records = read_metrics_log(path)
-    assert [record["step"] for record in records] == [1, 3]
+        plot_learning_curve(log, tmp_path / "curve.png", dataset="d", targets=[ENERGY])
+    assert list(drawn["plot"][0][0][0]) == [1, 3]
     assert "skipped 4 lines" in caplog.text
 
 
 def test_nothing_to_plot_names_the_file(tmp_path):
-    log = write_log(tmp_path / "m.jsonl", [{"step": 1, "lr": float("nan"), "other": 3}])
-    with pytest.raises(ValueError, match=r"m\.jsonl: no training loss"):
-        plot_learning_curve(log, tmp_path / "curve.png", dataset="d")
-    with pytest.raises(FileNotFoundError):
-        plot_learning_curve(tmp_path / "none.jsonl", tmp_path / "curve.png", dataset="d")
+    with pytest.raises(ValueError, match=r"metrics\.jsonl: no training loss"):
+        learning_curve(tmp_path, [{"step": 1, "train/lr": float("nan"), "other": 3}])
+    assert not (tmp_path / "curve.png").exists()

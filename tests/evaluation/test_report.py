@@ -1,9 +1,16 @@
-"""Golden tables, and what they must never leave out."""
+"""The results document, and golden tables made of it."""
 
+import json
+from importlib.metadata import version
+
+import numpy as np
 import pytest
+import torch
 
-from faenet_ocp.evaluation.metrics import SPLITS, RunInfo, build_results
+from faenet_ocp.common.files import write_json
 from faenet_ocp.evaluation.report import render_table
+from faenet_ocp.evaluation.results import BASELINES, OFFICIAL_SIZES, SPLITS, RunInfo, build_results, dataset_label
+from faenet_ocp.targets import TARGETS, scalar
 
 IS2RE_GOLDEN = """\
 Data: demo data (EMT labels)
@@ -18,7 +25,7 @@ Data: demo data (EMT labels)
 - Systems: ID 1,000, OOD Ads 1,000, OOD Cat 1,000, OOD Both 1,000.
 - Train: time of an epoch. Infer.: samples/s, forward pass only. EwT: systems with an energy error below 0.02 eV. Average: over the four splits.
 - This run: configs/demo/is2re.yml, 123,456 parameters, epoch 12, step 720, frames method stochastic, dim 2, group SE, seed 0; CPU, 2 threads; inference end to end 400 samples/s; 12 epochs trained.
-- linear in composition: elements that the training set does not have count as 0 eV; systems with such elements: OOD Cat 3.
+- linear in composition: elements that the training set does not have count as 0; systems with such elements: OOD Cat 3.
 - The paper's row: Table 9 of Duval et al. (ICML 2023), as published; OC20 IS2RE (460,328 training systems), one RTX8000. **It is on OC20, the other rows are on demo data (EMT labels): not comparable.**
 """  # noqa: E501
 
@@ -45,9 +52,9 @@ Per split (extended table):
 
 Further metrics (not in the paper):
 
-| Model             | Force cosine: ID | OOD Ads | OOD Cat | OOD Both | Average | Magnitude error [meV/A]: ID | OOD Ads | OOD Cat | OOD Both | Average | EFwT: ID | OOD Ads | OOD Cat | OOD Both | Average |
-| ----------------- | ---------------: | ------: | ------: | -------: | ------: | --------------------------: | ------: | ------: | -------: | ------: | -------: | ------: | ------: | -------: | ------: |
-| faenet (this run) |            0.500 |   0.500 |   0.500 |    0.500 |   0.500 |                        20.0 |    20.0 |    20.0 |     20.0 |    20.0 |    0.12% |   0.12% |   0.12% |    0.12% |   0.12% |
+| Model             | EwT: ID | OOD Ads | OOD Cat | OOD Both | Average | Force cosine: ID | OOD Ads | OOD Cat | OOD Both | Average | Magnitude error [meV/A]: ID | OOD Ads | OOD Cat | OOD Both | Average | EFwT: ID | OOD Ads | OOD Cat | OOD Both | Average |
+| ----------------- | ------: | ------: | ------: | -------: | ------: | ---------------: | ------: | ------: | -------: | ------: | --------------------------: | ------: | ------: | -------: | ------: | -------: | ------: | ------: | -------: | ------: |
+| faenet (this run) |   8.00% |   7.00% |   6.00% |    5.00% |   6.50% |            0.500 |   0.500 |   0.500 |    0.500 |   0.500 |                        20.0 |    20.0 |    20.0 |     20.0 |    20.0 |    0.12% |   0.12% |   0.12% |    0.12% |   0.12% |
 
 - Systems: ID 1,000 (7,000 free atoms), OOD Ads 1,000 (7,000 free atoms), OOD Cat 1,000 (7,000 free atoms), OOD Both 1,000 (7,000 free atoms).
 - Train: time of an epoch. Infer.: samples/s, forward pass only. Forces: of free atoms; the mean predictor's are zero. EFwT: systems with an energy error below 0.02 eV and every force component off by less than 0.03 eV/A. Average: over the four splits.
@@ -57,12 +64,7 @@ Further metrics (not in the paper):
 
 
 def energies(mae, ewt):
-    return {
-        "energy_mae": mae,
-        "energy_mse": mae**2,
-        "energy_within_threshold": ewt,
-        "num_systems": 1000,
-    }
+    return {"energy_mae": mae, "energy_mse": mae**2, "energy_within_threshold": ewt, "num_systems": 1000}
 
 
 def forces(mae):
@@ -90,33 +92,34 @@ def run_info(**changes):
     return RunInfo(**{**values, **changes})
 
 
-def is2re(splits=None, *, oc20=False, **changes):
-    own = {split: energies(0.1 * (i + 1), 8.0 - i) for i, split in enumerate(SPLITS)}
+def is2re(run=None, **changes):
     linear = energies(0.25, 3.0)
-    baselines = {
-        split: {
-            "mean_predictor": energies(0.7, 1.0),
-            "linear_in_composition": linear | {"num_systems_unseen_elements": 3 if split == "val_ood_cat" else 0},
-        }
-        for split in SPLITS
+    arguments = {
+        "task": "is2re",
+        "targets": [TARGETS["energy"]],
+        "dataset": "demo data (EMT labels)",
+        "oc20": False,
+        "run": run or run_info(),
+        "splits": {split: energies(0.1 * (i + 1), 8.0 - i) for i, split in enumerate(SPLITS)},
+        "baselines": {
+            split: {
+                "mean_predictor": energies(0.7, 1.0),
+                "linear_in_composition": linear | {"num_systems_unseen_elements": 3 if split == "val_ood_cat" else 0},
+            }
+            for split in SPLITS
+        },
+        "forward_samples_per_s": 812.3,
+        "end_to_end_samples_per_s": 400.4,
+        "seconds_per_epoch": 8.31,
+        "epochs": 12,
     }
-    return build_results(
-        task="is2re",
-        dataset="demo data (EMT labels)",
-        oc20=oc20,
-        run=run_info(**changes),
-        splits=own if splits is None else splits,
-        baselines=baselines,
-        forward_samples_per_s=812.3,
-        end_to_end_samples_per_s=400.4,
-        seconds_per_epoch=8.31,
-        epochs=12,
-    )
+    return build_results(**{**arguments, **changes})
 
 
 def s2ef():
     return build_results(
         task="s2ef",
+        targets=list(TARGETS.values()),
         dataset="OC20 S2EF-2M",
         oc20=True,
         run=run_info(step=None, epoch=None),
@@ -131,12 +134,64 @@ def cells(markdown, label):
     return [[cell.strip() for cell in line.strip("|").split("|")][1:] for line in lines]
 
 
-def test_golden_is2re_table():
-    assert render_table(is2re()) == IS2RE_GOLDEN
+# ---------------------------------------------------------------------------------------- results
+def test_average_needs_all_four_splits_and_no_other():
+    splits = is2re()["splits"]
+    expected = np.mean([splits[split]["energy_mae"] for split in SPLITS])
+    average = is2re()["average"]
+    assert average == {name: pytest.approx(average[name]) for name in is2re()["units"]}  # no counts
+    assert average["energy_mae"] == pytest.approx(expected)
+    further = is2re(splits=splits | {"val_mine": energies(9.0, 0.0)})
+    assert further["average"] == average and "val_mine" in further["splits"]
+    del splits["val_ood_both"]
+    assert is2re(splits=splits)["average"] is None
 
 
-def test_golden_s2ef_tables():
-    assert render_table(s2ef()) == S2EF_GOLDEN
+def test_baselines_are_turned_into_rows():
+    by_split = {split: {"mean_predictor": energies(0.7, 1.0)} for split in SPLITS}
+    rows = is2re(baselines=by_split)["baselines"]
+    assert list(rows) == list(BASELINES)
+    assert rows["mean_predictor"]["splits"]["val_ood_cat"] == energies(0.7, 1.0)
+    assert rows["mean_predictor"]["average"]["energy_mae"] == pytest.approx(0.7)
+    assert rows["linear_in_composition"] == {"splits": {}, "average": None}
+
+
+def test_written_results_are_strict_json_and_say_what_they_are(tmp_path):
+    results = is2re(
+        forward_samples_per_s=np.float32(12.5),
+        end_to_end_samples_per_s=float("nan"),
+        seconds_per_epoch=torch.tensor(3.0),
+        run=run_info(checkpoint=tmp_path / "best"),
+    )
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    raw = json.loads(write_json(tmp_path / "metrics.json", results).read_text(), parse_constant=refuse)
+    assert raw == results
+    assert raw["throughput"] == {"forward_samples_per_s": 12.5, "end_to_end_samples_per_s": None}
+    assert raw["training"] == {"seconds_per_epoch": 3.0, "epochs": 12}
+    assert (raw["format"], raw["task"], raw["dataset"], raw["oc20"]) == (1, "is2re", "demo data (EMT labels)", False)
+    assert raw["units"] == {"energy_mae": "eV", "energy_mse": "eV^2", "energy_within_threshold": "%"}
+    assert raw["run"]["checkpoint"] == str(tmp_path / "best")
+    assert raw["run"]["versions"]["torch"] == version("torch")
+    assert raw["run"]["date"].endswith("+00:00")
+    with pytest.raises(ValueError, match=r"results.run.frames.method: a object"):
+        is2re(run=run_info(frames={"method": object()}))
+
+
+def test_only_the_official_validation_splits_are_called_oc20():
+    sizes = OFFICIAL_SIZES["is2re"]
+    assert dataset_label("OC20", "is2re", sizes) == ("OC20 IS2RE", True)
+    for other in (sizes | {"val_id": 100}, sizes | {"val_mine": 100}):
+        assert dataset_label("OC20", "is2re", other) == ("OC20's formats, not its validation splits", False)
+    assert dataset_label("mine", "is2re", sizes) == ("mine", False)
+
+
+# ----------------------------------------------------------------------------------------- tables
+@pytest.mark.parametrize("results, golden", [(is2re(), IS2RE_GOLDEN), (s2ef(), S2EF_GOLDEN)], ids=["is2re", "s2ef"])
+def test_golden_tables(results, golden):
+    assert render_table(results) == golden
 
 
 def test_missing_splits_and_averages_are_dashes():
@@ -150,21 +205,32 @@ def test_missing_splits_and_averages_are_dashes():
 def test_further_splits_are_told_in_text():
     extra = {"val_mine": energies(0.125, 4.0)}
     markdown = render_table(is2re(splits=is2re()["splits"] | extra))
-    assert "val_mine: energy MAE 0.1250 eV, EwT 4.00%." in markdown
+    assert "val_mine: Energy MAE 0.1250 eV, EwT 4.00%." in markdown
     assert "val_mine 1,000" in markdown
     assert cells(markdown, "faenet") == cells(render_table(is2re()), "faenet")
 
 
-def test_the_papers_row_is_marked_and_can_be_left_out():
-    assert "not comparable" in render_table(is2re(oc20=False))
+def test_a_declared_scalar_has_columns_of_the_splits_that_were_evaluated():
+    gap = {"gap_mae": 0.0123, "gap_mse": 0.5}
+    results = is2re(
+        targets=[TARGETS["energy"], scalar("gap", "eV")],
+        splits={"val_id": energies(0.1, 8.0) | gap, "mine": energies(0.2, 7.0) | gap | {"gap_mae": 2.0}},
+        baselines={"mine": {"mean_predictor": energies(0.7, 1.0) | gap}},
+    )
+    markdown = render_table(results)
+    (header,) = (line for line in markdown.splitlines() if "gap" in line)
+    titles = [cell.strip() for cell in header.strip("|").split("|")]
+    assert titles == ["Model", "gap MAE [eV]: ID", "mine", "gap MSE [eV^2]: ID", "mine"]
+    assert cells(markdown, "faenet")[1] == ["0.0123", "2.0000", "0.5000", "0.5000"]
+    assert cells(markdown, "mean predictor")[1] == ["-", "0.0123", "-", "0.5000"]
+    assert len(cells(markdown, "linear in composition")) == 1  # nothing to say of the gap
+
+
+def test_the_papers_row_is_marked():
+    assert "not comparable" in render_table(is2re())
     on_oc20 = render_table(is2re(oc20=True))
     assert "not comparable" not in on_oc20
     assert "FAENet, the paper's (OC20, RTX8000)" in on_oc20
-    for results in (is2re(), s2ef()):
-        without = render_table(results, reference=False)
-        assert "paper's" not in without
-        for baseline in ("mean predictor", "linear in composition"):
-            assert f"| {baseline} " in without
 
 
 @pytest.mark.parametrize("results", [is2re(), s2ef()], ids=["is2re", "s2ef"])
@@ -175,18 +241,14 @@ def test_the_papers_averages_are_those_of_its_splits(results):
         assert sum(values[:4]) / 4 == pytest.approx(values[4], abs=tolerance)
 
 
-def test_every_line_of_a_table_has_as_many_cells():
-    for results in (is2re(model="a|b"), s2ef()):
-        for block in render_table(results).split("\n\n"):
-            lines = [line.replace("\\|", "") for line in block.splitlines() if line[:1] == "|"]
-            assert len({line.count("|") for line in lines}) <= 1
-            assert len({len(line) for line in block.splitlines() if line[:1] == "|"}) <= 1
+def test_a_bar_in_a_name_does_not_break_the_table():
+    table = render_table(is2re(run=run_info(model="a|b"))).split("\n\n")[1].splitlines()
+    assert len({line.replace("\\|", "").count("|") for line in table}) == 1
+    assert len({len(line) for line in table}) == 1
 
 
 @pytest.mark.parametrize(
     ("seconds", "text"), [(8.31, "8.3s"), (99.9, "99.9s"), (720.0, "12min"), (69420.0, "1,157min")]
 )
 def test_epoch_times(seconds, text):
-    results = is2re()
-    results["training"]["seconds_per_epoch"] = seconds
-    assert cells(render_table(results), "faenet")[0][0] == text
+    assert cells(render_table(is2re(seconds_per_epoch=seconds)), "faenet")[0][0] == text

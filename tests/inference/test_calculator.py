@@ -72,7 +72,7 @@ def _validated(predictor: Predictor, root: Path, source: str, *, edges: str) -> 
     dataset = predictor.config.dataset.model_copy(update={"root": str(root), "edges": edges})
     samples = build.make_dataset(predictor.config.model_copy(update={"dataset": dataset}), SourceConfig(src=source))
     loader = DataLoader(samples, batch_size=3, collate_fn=collate)
-    return run_split(predictor.model, predictor.tasks, loader, split="test").predictions["energy"]
+    return run_split(predictor.model, predictor.tasks, loader, split="test").pairs["energy"][0]
 
 
 # ------------------------------------------------------------------------------------ same numbers

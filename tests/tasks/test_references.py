@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from faenet_ocp.tasks.references import NUM_ELEMENTS, CompositionFit, CompositionRegression
+from faenet_ocp.tasks.references import (
+    NUM_ELEMENTS,
+    CompositionFit,
+    CompositionRegression,
+    fit_labels,
+    fits_from_dict,
+    fits_to_dict,
+    statistics_sample,
+)
 
 ELEMENTS = (1, 6, 8, 13, 29, 47, 78)
 
@@ -100,23 +108,11 @@ def test_fewer_systems_than_elements():
     np.testing.assert_allclose(fit.element_references().numpy(), by_numpy(composition, energy)[0], atol=1e-9)
 
 
-@pytest.mark.parametrize("parts", [2, 5])
-def test_merged_parts_equal_one_pass(parts):
-    composition, energy = random_set()
-    merged = CompositionRegression()
-    for rank in range(parts):
-        part = fitted(composition[rank::parts], energy[rank::parts])
-        text = json.dumps(part.to_dict(), allow_nan=False)  # as another process would send it
-        merged.merge(CompositionRegression.from_dict(json.loads(text)))
-    assert_same_fit(merged.solve(), fitted(composition, energy).solve())
-    half = fitted(composition[::2], energy[::2]).solve()
-    assert half.mean != pytest.approx(merged.solve().mean, rel=1e-9)  # a lost part would be seen
-
-
 def test_batch_size_and_dtype_do_not_matter():
     composition, energy = random_set()
     whole = fitted(composition, energy, batch_size=400).solve()
     assert_same_fit(fitted(composition, energy, batch_size=1).solve(), whole)
+    assert fitted(composition[::2], energy[::2]).solve().mean != pytest.approx(whole.mean, rel=1e-9)
     assert_same_fit(fitted(composition.long(), energy).solve(), whole)
 
 
@@ -132,10 +128,22 @@ def test_unseen_elements():
     assert not fit.unseen(composition).any()
 
 
-def test_fit_survives_json():
-    fit = fitted(*random_set()).solve()
-    text = json.dumps(fit.to_dict(), allow_nan=False)
-    assert CompositionFit.from_dict(json.loads(text)) == fit
+def test_fits_survive_json_in_the_form_of_runs_without_declared_scalars():
+    composition, energy = random_set()
+    fits = fit_labels([(composition, {"energy": energy, "gap": 2 * energy})], ["energy", "gap"])
+    stored = json.loads(json.dumps(fits_to_dict(fits), allow_nan=False))
+    assert fits_from_dict(stored) == fits
+    assert CompositionFit.from_dict({key: value for key, value in stored.items() if key != "others"}) == fits["energy"]
+    alone = fits_to_dict({"energy": fits["energy"]})
+    assert CompositionFit.from_dict(json.loads(json.dumps(alone))) == fits["energy"]
+    assert fits_to_dict({}) is None and fits_from_dict(None) == {}
+
+
+def test_a_sample_of_a_large_set_is_spread_evenly(caplog):
+    assert statistics_sample(1000).tolist() == list(range(1000))
+    sample = statistics_sample(2_500_000)
+    assert (len(sample), sample[0], set(np.diff(sample))) == (1_000_000, 0, {2, 3})
+    assert "1000000 of 2500000 training systems" in caplog.text
 
 
 def test_one_system():
@@ -162,8 +170,8 @@ def test_nothing_to_fit():
     [
         (torch.zeros(2, 100), torch.zeros(2), r"\(systems, 119\), got \(2, 100\)"),
         (torch.zeros(119), torch.zeros(1), "shape"),
-        (torch.zeros(2, 119), torch.zeros(2, 1), r"energy must have shape \(2,\)"),
-        (torch.zeros(2, 119), torch.tensor([0.0, float("nan")]), "1 of 2 energies"),
+        (torch.zeros(2, 119), torch.zeros(2, 1), r"labels must have shape \(2,\)"),
+        (torch.zeros(2, 119), torch.tensor([0.0, float("nan")]), "1 of 2 labels"),
         (torch.full((2, 119), -1.0), torch.zeros(2), "not negative"),
         (torch.full((2, 119), float("inf")), torch.zeros(2), "finite"),
     ],
@@ -176,16 +184,9 @@ def test_bad_input_is_refused_and_leaves_no_trace(composition, energy, message):
 
 
 def test_bad_stored_data_is_refused():
-    regression = fitted(*random_set(num_systems=5)).to_dict()
-    with pytest.raises(ValueError, match=r"unknown \['extra'\]"):
-        CompositionRegression.from_dict({**regression, "extra": 1})
-    with pytest.raises(ValueError, match="square"):
-        CompositionRegression.from_dict({**regression, "columns": regression["columns"][1:]})
-    with pytest.raises(ValueError, match=r"0\.\.120"):
-        CompositionRegression.from_dict({"columns": [121], "sums": [[1.0]]})
     fit = fitted(*random_set(num_systems=5)).solve().to_dict()
-    with pytest.raises(ValueError, match=r"missing \['mean'\]"):
-        CompositionFit.from_dict({k: v for k, v in fit.items() if k != "mean"})
+    with pytest.raises(ValueError, match=r"missing \['mean'\], unknown \['extra'\]"):
+        CompositionFit.from_dict({k: v for k, v in fit.items() if k != "mean"} | {"extra": 1})
     with pytest.raises(ValueError, match="119 entries"):
         CompositionFit.from_dict({**fit, "coefficients": [0.0]})
     with pytest.raises(ValueError, match="finite"):

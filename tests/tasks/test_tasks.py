@@ -1,20 +1,23 @@
 """Units, references and the loss: against sums written out; the energy gradient against finite differences."""
 
-import pytest
-import test_backbone
-import torch
-from fairchem.core.datasets.atomic_data import AtomicData, atomicdata_list_to_batch
+from pathlib import Path
 
+import pytest
+import torch
+from fairchem.core.datasets.atomic_data import AtomicData
+
+import processes
+from faenet_ocp import build
 from faenet_ocp.config.schema import build_config
-from faenet_ocp.tasks.references import NUM_ELEMENTS, CompositionRegression
+from faenet_ocp.data.oc20 import OC20LmdbDataset
+from faenet_ocp.tasks.losses import loss_mask, task_loss
+from faenet_ocp.tasks.references import NUM_ELEMENTS, CompositionReferences, fit_labels
 from faenet_ocp.tasks.tasks import (
-    CompositionReferences,
     conservative_outputs,
     energy_gradient_forces,
     load_tasks_state,
-    loss_mask,
     make_tasks,
-    task_loss,
+    restore_tasks,
     tasks_state,
     to_physical,
 )
@@ -23,7 +26,7 @@ CONFIG = {
     "trainer": "faenet",
     "task": "s2ef",
     "dataset": {},
-    "model": {"name": "faenet"},
+    "model": processes.MODEL,
     "optim": {"lr_initial": 0.001, "batch_size": 1, "max_epochs": 1},
     "outputs": {"energy": {"normalizer": {"mean": -3.0, "stdev": 4.0}}, "forces": {"normalizer": {"stdev": 2.0}}},
     "loss_functions": [{"energy": {"coefficient": 3.0}}, {"forces": {"fn": "l2mae", "coefficient": 5.0}}],
@@ -31,17 +34,26 @@ CONFIG = {
 }
 
 
-def _batch(count: int = 3) -> AtomicData:
-    samples = []
-    for index in range(count):
-        sample = test_backbone._sample(index)
-        generator = torch.Generator().manual_seed(index)
-        sample.energy = torch.randn(1, generator=generator, dtype=torch.float64)
-        sample.forces = torch.randn(len(sample.pos), 3, generator=generator, dtype=torch.float64)
-        sample.fixed = (torch.arange(len(sample.pos)) % 3 == 0).long()
-        sample.composition = torch.bincount(sample.atomic_numbers, minlength=NUM_ELEMENTS)[None].float()
-        samples.append(sample)
-    return atomicdata_list_to_batch(samples)
+def _labelled(root: Path, count: int) -> AtomicData:
+    """Labelled systems, of which every third atom is fixed."""
+    settings = {"src": str(root / "s2ef" / "2M" / "train"), "labels": ["energy", "forces"], "dtype": "float64"}
+    batch = OC20LmdbDataset(settings | {"cutoff": 5.0, "max_neighbors": 12}).load_batch([(0, i) for i in range(count)])
+    batch.fixed = (torch.arange(len(batch.pos)) % 3 == 0).long()
+    return batch
+
+
+@pytest.fixture
+def batch(small_s2ef: Path) -> AtomicData:
+    return _labelled(small_s2ef, 12)
+
+
+@pytest.fixture
+def pair(small_s2ef: Path) -> AtomicData:
+    return _labelled(small_s2ef, 2)
+
+
+def _tasks(fits: dict | None = None, **sections: object) -> list:
+    return make_tasks(build_config(CONFIG | sections), fits or {})
 
 
 def _outputs(batch: AtomicData) -> dict:
@@ -51,22 +63,20 @@ def _outputs(batch: AtomicData) -> dict:
     return {"energy": {"energy": energy}, "forces": {"forces": forces}}
 
 
-def test_predictions_come_out_in_physical_units() -> None:
-    batch, tasks = _batch(), make_tasks(build_config(CONFIG), None)
+def test_predictions_come_out_in_physical_units(batch: AtomicData) -> None:
     outputs = _outputs(batch)
-    physical = to_physical(tasks, outputs, batch)
+    physical = to_physical(_tasks(), outputs, batch)
     torch.testing.assert_close(physical["energy"], outputs["energy"]["energy"] * 4.0 - 3.0)
     torch.testing.assert_close(physical["forces"], outputs["forces"]["forces"] * 2.0)
 
 
-def test_losses_are_the_sums_of_equation_9() -> None:
-    batch, tasks = _batch(), make_tasks(build_config(CONFIG), None)
-    outputs = _outputs(batch)
+def test_losses_are_the_sums_of_equation_9(batch: AtomicData) -> None:
+    tasks, outputs = _tasks(), _outputs(batch)
     energy, forces = (float(task_loss(task, outputs, batch)) for task in tasks)
     expected_energy = expected_forces = 0.0
-    for b in range(3):
-        target = (float(batch.energy[b]) + 3.0) / 4.0
-        expected_energy += 3.0 * abs(float(outputs["energy"]["energy"][b]) - target)
+    for b in range(len(batch.natoms)):
+        label = (float(batch.energy[b]) + 3.0) / 4.0
+        expected_energy += 3.0 * abs(float(outputs["energy"]["energy"][b]) - label)
     for i in range(len(batch.pos)):
         if batch.fixed[i] == 0:
             difference = outputs["forces"]["forces"][i] - batch.forces[i] / 2.0
@@ -74,41 +84,46 @@ def test_losses_are_the_sums_of_equation_9() -> None:
     assert energy == pytest.approx(expected_energy, rel=1e-12)
     assert forces == pytest.approx(expected_forces, rel=1e-12)
     counts = [float(task.loss_fn.num_terms(batch[task.name], loss_mask(task, batch))) for task in tasks]
-    assert counts == [3, int((batch.fixed == 0).sum())]
+    assert counts == [12, int((batch.fixed == 0).sum())]
 
 
 @pytest.mark.parametrize(("fn", "expected"), [("mae", 3), ("mse", 3), ("l2mae", 1)])
-def test_force_losses_count_components_or_atoms(fn: str, expected: int) -> None:
-    raw = CONFIG | {"loss_functions": [{"forces": {"fn": fn}}], "outputs": {"forces": {"train_on_free_atoms": False}}}
-    batch = _batch()
-    energy, forces = make_tasks(build_config(raw), None)
+def test_force_losses_count_components_or_atoms(batch: AtomicData, fn: str, expected: int) -> None:
+    energy, forces = _tasks(loss_functions=[{"forces": {"fn": fn}}], outputs={"forces": {"train_on_free_atoms": False}})
     assert energy.loss_fn is None
-    mask = loss_mask(forces, batch)
-    assert int(forces.loss_fn.num_terms(batch.forces, mask)) == expected * len(batch.pos)
+    assert int(forces.loss_fn.num_terms(batch.forces, loss_mask(forces, batch))) == expected * len(batch.pos)
     difference = _outputs(batch)["forces"]["forces"] - batch.forces
     values = {"mae": difference.abs(), "mse": difference**2, "l2mae": difference.norm(dim=1)}[fn]
     torch.testing.assert_close(task_loss(forces, _outputs(batch), batch), values.sum())
 
 
-def test_references_and_fitted_normaliser() -> None:
-    """Targets that are linear in composition plus a small rest become that rest, scaled to unit deviation."""
-    batch = _batch(12)
+def test_references_and_fitted_normalisers(batch: AtomicData) -> None:
+    """Labels that are linear in composition plus a small rest become that rest, scaled to unit deviation.
+
+    A declared scalar has no references, as it need not grow with the system: its own deviation is what is scaled to 1.
+    """
     slope = torch.randn(NUM_ELEMENTS, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     batch.energy = batch.composition.double() @ slope + 0.01 * batch.energy
-    regression = CompositionRegression()
-    regression.update(batch.composition, batch.energy)
-    fit = regression.solve()
-    raw = CONFIG | {"outputs": {"energy": {"normalizer": "fit", "element_references": "fit"}}}
-    task = make_tasks(build_config(raw), fit)[0]
-    left = batch.energy - batch.composition.double() @ fit.element_references()
-    normalised = task.normalizer.norm(task.element_references.apply_refs(batch, batch.energy))
+    batch.gap = batch.pos.new_tensor([float(n) ** 2 for n in range(12)])
+    fits = fit_labels([(batch.composition, {"energy": batch.energy, "gap": batch.gap})], ["energy", "gap"])
+    outputs = {"energy": {"normalizer": "fit", "element_references": "fit"}, "gap": {"unit": "eV", "normalizer": "fit"}}
+    config = build_config(CONFIG | {"outputs": outputs, "loss_functions": []})
+    tasks = {task.name: task for task in make_tasks(config, fits)}
+    left = batch.energy - batch.composition.double() @ fits["energy"].element_references()
+    normalised = tasks["energy"].normalizer.norm(tasks["energy"].element_references.apply_refs(batch, batch.energy))
     torch.testing.assert_close(normalised, (left - left.mean()) / left.std(unbiased=False), rtol=1e-4, atol=1e-4)
-    physical = to_physical([task], {"energy": {"energy": normalised}}, batch)["energy"]
-    torch.testing.assert_close(physical, batch.energy, rtol=0, atol=1e-6)
+    gap = tasks["gap"].normalizer.norm(batch.gap)
+    torch.testing.assert_close(
+        gap, (batch.gap - batch.gap.mean()) / batch.gap.std(unbiased=False), rtol=1e-5, atol=1e-6
+    )
+    outputs = _outputs(batch) | {"energy": {"energy": normalised}, "gap": {"gap": gap}}
+    for restored in (list(tasks.values()), restore_tasks(config, tasks_state(list(tasks.values())))):
+        physical = to_physical(restored, outputs, batch)
+        torch.testing.assert_close(physical["energy"], batch.energy, rtol=0, atol=1e-6)
+        torch.testing.assert_close(physical["gap"], batch.gap, rtol=0, atol=1e-5)
 
 
-def test_composition_is_counted_where_the_data_has_none() -> None:
-    batch = _batch()
+def test_composition_is_counted_where_the_data_has_none(batch: AtomicData) -> None:
     references = CompositionReferences(torch.arange(NUM_ELEMENTS).double())
     expected = references.energy(batch)
     del batch["composition"]
@@ -116,8 +131,7 @@ def test_composition_is_counted_where_the_data_has_none() -> None:
 
 
 def test_state_round_trip_and_mismatch() -> None:
-    raw = CONFIG | {"outputs": {"energy": {"normalizer": {"mean": 1.5, "stdev": 2.5}}}}
-    first, second = make_tasks(build_config(raw), None), make_tasks(build_config(CONFIG), None)
+    first, second = _tasks(outputs={"energy": {"normalizer": {"mean": 1.5, "stdev": 2.5}}}), _tasks()
     first[0].element_references = CompositionReferences(torch.arange(NUM_ELEMENTS).double())
     load_tasks_state(second, tasks_state(first))
     assert tasks_state(second) == tasks_state(first)
@@ -126,16 +140,31 @@ def test_state_round_trip_and_mismatch() -> None:
 
 
 @pytest.mark.parametrize(
-    ("outputs", "message"),
+    ("sections", "message"),
     [
-        ({"energy": {"level": "atom"}}, "outputs.energy.level: energy is a property of the system, got 'atom'"),
-        ({"forces": {"normalizer": "fit"}}, "outputs.forces: only energies have references and a fitted normaliser"),
-        ({"energy": {"normalizer": "fit"}}, "no statistics of a training set"),
+        ({"outputs": {"energy": {"level": "atom"}}}, "outputs.energy.level: energy is a property of the system"),
+        ({"outputs": {"forces": {"normalizer": "fit"}}}, "outputs.forces.normalizer: fit: only for scalars of systems"),
+        (
+            {"outputs": {"gap": {"unit": "eV", "element_references": "fit"}}},
+            "outputs.gap.element_references: only for what grows with the system",
+        ),
+        ({"loss_functions": [{"energy": {"fn": "l2mae"}}]}, "loss_functions.energy.fn: l2mae is for vectors"),
     ],
 )
-def test_wrong_outputs_are_refused(outputs: dict, message: str) -> None:
+def test_wrong_outputs_are_refused(sections: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        make_tasks(build_config(CONFIG | {"outputs": outputs}), None)
+        _tasks(**sections)
+
+
+def test_equal_labels_cannot_be_scaled(batch: AtomicData) -> None:
+    fits = fit_labels([(batch.composition, {"energy": torch.ones(12)})], ["energy"])
+    with pytest.raises(ValueError, match="normalizer: fit: all training labels are equal"):
+        _tasks(fits, outputs={"energy": {"normalizer": "fit"}})
+
+
+# ------------------------------------------------------------------------------- energy conservation
+def _model(method: str) -> torch.nn.Module:
+    return build.make_model(build_config(CONFIG | {"frames": {"method": method}})).eval()
 
 
 def _numerical_forces(model: torch.nn.Module, batch: AtomicData, atom: int, **options: bool) -> torch.Tensor:
@@ -153,26 +182,24 @@ def _numerical_forces(model: torch.nn.Module, batch: AtomicData, atom: int, **op
 
 
 @pytest.mark.parametrize("method", ["full", "canonical", "none"])
-def test_conservative_forces_are_the_derivative_of_the_energy(method: str) -> None:
+def test_conservative_forces_are_the_derivative_of_the_energy(pair: AtomicData, method: str) -> None:
     """Differentiated through the frames; the graph is constant in both."""
-    tasks, batch = make_tasks(build_config(CONFIG), None), _batch(2)
-    model = test_backbone._model("faenet", method)
-    forces = to_physical(tasks, conservative_outputs(model, tasks, batch.clone()), batch)["forces"]
+    tasks, model = _tasks(), _model(method)
+    forces = to_physical(tasks, conservative_outputs(model, tasks, pair.clone()), pair)["forces"]
     for atom in (0, 5, 12, 20):
-        numerical = _numerical_forces(model, batch, atom, through_frames=True)
+        numerical = _numerical_forces(model, pair, atom, through_frames=True)
         torch.testing.assert_close(forces[atom], numerical, rtol=1e-5, atol=1e-7)
 
 
-def test_the_training_gradient_holds_frames_constant() -> None:
+def test_the_training_gradient_holds_frames_constant(pair: AtomicData) -> None:
     """With the frames in the batch the derivative is that at fixed frames, and differs from the one through them."""
-    tasks, batch = make_tasks(build_config(CONFIG), None), _batch(2)
-    model = test_backbone._model("faenet", "canonical")
-    frames = model.frames_of(batch)
-    batch.frame_rot, batch.frame_weight = frames.rot, frames.weight
-    given = batch.clone()
+    tasks, model = _tasks(), _model("canonical")
+    frames = model.frames_of(pair)
+    pair.frame_rot, pair.frame_weight = frames.rot, frames.weight
+    given = pair.clone()
     given.pos.requires_grad_(True)
     forces = 2.0 * energy_gradient_forces(tasks, model(given), given.pos)
-    through = to_physical(tasks, conservative_outputs(model, tasks, batch.clone()), batch)["forces"]
+    through = to_physical(tasks, conservative_outputs(model, tasks, pair.clone()), pair)["forces"]
     assert (forces - through).abs().max() > 1e-4
     for atom in (0, 12, 20):
-        torch.testing.assert_close(forces[atom], _numerical_forces(model, batch, atom), rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(forces[atom], _numerical_forces(model, pair, atom), rtol=1e-5, atol=1e-7)
