@@ -25,7 +25,8 @@ import processes
 import small_data
 from faenet_ocp import build
 from faenet_ocp.checkpoint import FORMAT, load_checkpoint, save_checkpoint
-from faenet_ocp.config.schema import Config, build_config, load_yaml, parse_overrides
+from faenet_ocp.config.schema import Config, build_config
+from faenet_ocp.config.yaml import load_yaml, parse_overrides
 from faenet_ocp.data import lmdb_files
 from faenet_ocp.data.oc20 import OC20LmdbDataset
 

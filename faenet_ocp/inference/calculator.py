@@ -28,7 +28,8 @@ from numpy.typing import NDArray
 from faenet_ocp import build
 from faenet_ocp.checkpoint import load_checkpoint, load_weights
 from faenet_ocp.common.elements import MAX_ATOMIC_NUMBER, describe
-from faenet_ocp.config.schema import Config, build_config, nearest, without_removed
+from faenet_ocp.config.messages import nearest, without_removed
+from faenet_ocp.config.schema import Config, build_config
 from faenet_ocp.data.oc20 import DTYPES, NUM_ELEMENTS
 from faenet_ocp.data.transforms import Compose
 from faenet_ocp.frames import METHODS, compute_frames

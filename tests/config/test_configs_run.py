@@ -7,11 +7,12 @@ import torch
 from fairchem.core.common.utils import recursive_dict_merge
 
 from faenet_ocp import build
-from faenet_ocp.config.schema import build_config, load_yaml
+from faenet_ocp.config.schema import build_config
+from faenet_ocp.config.yaml import load_yaml
 from faenet_ocp.data.loader import collate
 from faenet_ocp.tasks.references import CompositionRegression
 from faenet_ocp.tasks.tasks import make_tasks, needs_fit, task_loss
-from faenet_ocp.training.unit import learning_rate_schedule, make_optimizer
+from faenet_ocp.training.optim import learning_rate_schedule, make_optimizer
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 SHIPPED = sorted(path for path in CONFIGS.rglob("*.yml") if path.name != "base.yml")

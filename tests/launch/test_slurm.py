@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from faenet_ocp.config.slurm import time_minutes
 from fairchem.core.launchers.api import DistributedInitMethod, JobConfig, SchedulerType
 from fairchem.core.launchers.slurm_launch import SlurmSPMDProgram
 from omegaconf import DictConfig, OmegaConf
 from submitit.core.utils import DelayedSubmission, temporary_save_path
 
 from faenet_ocp.config.schema import Config, build_config
-from faenet_ocp.config.slurm import time_minutes
 from faenet_ocp.launch.cli import main
 from faenet_ocp.launch.slurm import job as slurm_job
 from faenet_ocp.launch.slurm import start as slurm_start

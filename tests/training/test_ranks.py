@@ -156,7 +156,8 @@ def test_norms_on_ranks_are_those_of_the_whole_batch(kind: str, tmp_path: Path) 
 def test_an_empty_share_runs_through_the_model(data: Path) -> None:
     """A rank without systems takes part with a batch of none: all parameters get gradients, of zero."""
     from faenet_ocp import build
-    from faenet_ocp.config.schema import build_config, load_yaml
+    from faenet_ocp.config.schema import build_config
+    from faenet_ocp.config.yaml import load_yaml
 
     config = build_config(load_yaml(processes.write_config(data / "empty.yml", data)))
     dataset = build.make_dataset(config, config.dataset.train, training=True)
@@ -215,7 +216,8 @@ def test_balance_by_atoms(data: Path) -> None:
 def test_stochastic_frames_do_not_depend_on_workers_and_ranks(data: Path, workers: int, world: int) -> None:
     """A sample's frame is decided by (seed, epoch, index) alone; another epoch gives another one."""
     from faenet_ocp import build
-    from faenet_ocp.config.schema import build_config, load_yaml
+    from faenet_ocp.config.schema import build_config
+    from faenet_ocp.config.yaml import load_yaml
 
     config = build_config(load_yaml(processes.write_config(data / "frames.yml", data)))
     dataset = build.make_dataset(config, config.dataset.train, training=True)
@@ -238,7 +240,8 @@ def test_stochastic_frames_do_not_depend_on_workers_and_ranks(data: Path, worker
 
 def test_spawned_workers_give_the_same_batches(data: Path) -> None:
     from faenet_ocp import build
-    from faenet_ocp.config.schema import build_config, load_yaml
+    from faenet_ocp.config.schema import build_config
+    from faenet_ocp.config.yaml import load_yaml
 
     config = build_config(load_yaml(processes.write_config(data / "spawn.yml", data)))
     dataset = build.make_dataset(config, config.dataset.train, training=True)
@@ -251,7 +254,8 @@ def test_spawned_workers_give_the_same_batches(data: Path) -> None:
 def test_pinning_reaches_every_tensor(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The loader's pinning thread calls `Batches.pin_memory`, which pins each tensor (counted: there may be no GPU)."""
     from faenet_ocp import build
-    from faenet_ocp.config.schema import build_config, load_yaml
+    from faenet_ocp.config.schema import build_config
+    from faenet_ocp.config.yaml import load_yaml
 
     config = build_config(load_yaml(processes.write_config(data / "pin.yml", data)))
     dataset = build.make_dataset(config, config.dataset.train, training=True)
