@@ -12,6 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ def write_config(path: Path, root: Path, *, task: str = "s2ef", **sections: dict
         "job": {"cpu": True, "print_every": 1, "run_dir": str(path.parent)},
     }
     for name, section in sections.items():
-        config[name] = config.get(name, {}) | section if isinstance(section, dict) else section
+        config[name] = config[name] | section if name in config and isinstance(section, dict) else section
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(config), encoding="utf-8")
     return path
@@ -178,6 +179,20 @@ def _forked(
             worker.kill()
         stream.flush()
         os._exit(status)
+
+
+def elastic() -> None:
+    """Has torch elastic fork its ranks: the real launcher without seconds of imports in each rank; for `prepare`."""
+    from torch.distributed.launcher import api
+
+    api.LaunchConfig = partial(api.LaunchConfig, start_method="fork")  # type: ignore[misc, assignment]
+
+
+def main_on_ranks(arguments: Sequence[str], log: Path, *, ranks: int = 2, status: int = 0) -> str:
+    """The command line with `--num-gpus`, through torch elastic; what it wrote, once it has ended with the status."""
+    found = finish(forked([*arguments, "--num-gpus", str(ranks)], log, prepare=elastic))
+    assert found == [status], (found, log.read_text()[-4000:])
+    return log.read_text()
 
 
 def finish(processes: Sequence[multiprocessing.context.ForkProcess], *, timeout: float = 240) -> list[int | None]:
