@@ -17,7 +17,6 @@ tensors, numbers, strings and containers (see `FORMAT`), read with `torch.load(w
 import hashlib
 import io
 import logging
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,7 +25,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from faenet_ocp.common.files import software_versions, temporary_path, write_bytes
+from faenet_ocp.common.files import publish, software_versions, temporary_path, write_bytes
 
 FORMAT = 1
 _NO_COMMENT = b"\0\0"
@@ -96,7 +95,7 @@ def save_step(folder: Path, step: int, state: Mapping[str, Any], *, keep: int) -
     save_checkpoint(path, state)
     link = temporary_path(folder / "last.pt")
     link.symlink_to(path.name)
-    os.replace(link, folder / "last.pt")
+    publish(link, folder / "last.pt")
     for old in step_checkpoints(folder)[:-keep]:
         old.unlink()
     logging.info("saved %s", path)

@@ -208,6 +208,12 @@ def finish(processes: Sequence[multiprocessing.context.ForkProcess], *, timeout:
     return codes
 
 
+def ranks_of(launcher: int) -> list[int]:
+    """The spawned ranks of a launcher: those of its children that are no resource tracker."""
+    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+    return sorted(int(child) for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes())
+
+
 def wait_for(condition: Callable[[], Any], *, timeout: float = 240) -> Any:
     """Polls until the condition holds."""
     deadline = time.monotonic() + timeout
