@@ -16,9 +16,9 @@ _DATASETS: dict[str, dict[str, Any]] = {
         "key_mapping": {"y_relaxed": "energy"},
         "transforms": {"remove_subsurface": {}},
         "train": {"src": "is2re/all/train"},
-        "val": {"v": {"src": "is2re/all/val_id"}},
+        "val": {"val_id": {"src": "is2re/all/val_id"}},
     },
-    "s2ef": {"train": {"src": "s2ef/2M/train"}, "val": {"v": {"src": "s2ef/all/val_id"}}},
+    "s2ef": {"train": {"src": "s2ef/2M/train"}, "val": {"val_id": {"src": "s2ef/all/val_id"}}},
 }
 
 
@@ -33,6 +33,7 @@ def train(task: str, root: Path) -> Path:
         model={"cutoff": 6.0, "max_neighbors": 40},
         frames={"dim": 2, "group": "SE"},
         outputs={"energy": {"normalizer": "fit"} | ({"element_references": "fit"} if task == "is2re" else {})},
+        evaluation_metrics={"primary_metric": {}},
         optim={"batch_size": 4, "max_steps": 2},
     )
     if main(["--config", str(config), "--identifier", task]) != 0:

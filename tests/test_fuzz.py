@@ -5,6 +5,7 @@ that dies is noticed, with an audit hook that notices programs, connections and 
 """
 
 import copy
+import faulthandler
 import multiprocessing
 import os
 import pickle
@@ -271,6 +272,7 @@ def test_the_hook_and_the_processes_notice(tmp_path: Path) -> None:
         return str(np.zeros(3)[5])
 
     def dies(rng: random.Random) -> str:
+        faulthandler.disable()
         os.abort()
 
     with pytest.raises(AssertionError, match=r"os\.system"):

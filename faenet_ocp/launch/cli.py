@@ -20,7 +20,7 @@ from faenet_ocp.config.schema import Config, build_config
 from faenet_ocp.config.yaml import find_config, load_yaml, merge, parse_overrides, parse_value
 from faenet_ocp.launch import local_ranks, sweep
 
-if TYPE_CHECKING:  # torch and fairchem take seconds to import: what needs them comes after the configuration is checked
+if TYPE_CHECKING:
     from faenet_ocp.training.trainer import FAENetTrainer
 
 _JOB_FLAGS = ("run_dir", "identifier", "seed", "num_gpus", "num_nodes", "cpu", "amp", "debug", "print_every")
@@ -136,7 +136,7 @@ def _run(flags: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 def _prepare(raw: dict[str, Any], flags: argparse.Namespace, values: dict[str, Any] | None = None) -> _Run:
     """Validates a configuration and all that it names; nothing is written."""
-    config = build_config(raw)
+    config = build_config(raw)  # before what takes seconds to import
     import torch
     from fairchem.core.common.registry import registry
 

@@ -133,7 +133,8 @@ class OCPTrainUnit(MLIPTrainEvalUnit):
                 parts = self._losses(batch, counts)
                 parts.sum().backward()
             losses += parts.detach()
-        grad_norm = self._clip()
+        # Over all ranks, the same on each, before clipping.
+        grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad_norm or math.inf)
         if math.isfinite(float(grad_norm)):
             self.optimizer.step()
             if self.ema_model is not None:
@@ -143,7 +144,6 @@ class OCPTrainUnit(MLIPTrainEvalUnit):
         learning_rate = self.scheduler.get_last_lr()[0]
         self.scheduler.step()
         self._window["systems"] += sum(len(batch.natoms) for batch in batches)
-        self._window["steps"] += 1
         step = self.train_progress.num_steps_completed + 1
         self._show_progress(step)
         if step % self.print_every == 0 or step == self.total_steps:
@@ -186,10 +186,6 @@ class OCPTrainUnit(MLIPTrainEvalUnit):
         self.stopping = bool(shared[-1])
         return shared[:-1].clamp(min=1)
 
-    def _clip(self) -> Tensor:
-        """Norm of the gradient over all ranks (the same on each), before clipping."""
-        return nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad_norm or math.inf)
-
     def _skip_or_stop(self, batches: Sequence[AtomicData], losses: Tensor) -> None:
         """The gradient is not finite: keeps the evidence, then leaves the step out or stops.
 
@@ -220,7 +216,7 @@ class OCPTrainUnit(MLIPTrainEvalUnit):
 
     # ------------------------------------------------------------------------------------ reports
     def _reset_window(self) -> None:
-        self._window = {"systems": 0.0, "steps": 0.0, "wait": 0.0}
+        self._window = {"systems": 0.0, "wait": 0.0}
         self._window_start = time.perf_counter()
 
     def exclude_time(self, seconds: float) -> None:
@@ -259,12 +255,7 @@ class OCPTrainUnit(MLIPTrainEvalUnit):
             else:
                 logging.info(
                     "epoch %.2f, step %d of %d: %s, lr %.3g, %.0f %% of the time waiting for data",
-                    epoch,
-                    step,
-                    self.total_steps,
-                    shown,
-                    learning_rate,
-                    100 * values["train/data_wait_share"],
+                    *(epoch, step, self.total_steps, shown, learning_rate, 100 * values["train/data_wait_share"]),
                 )
         self._reset_window()
 
