@@ -14,7 +14,8 @@ from fairchem.core.common.registry import registry
 from torch import nn
 from torch.utils.data import Dataset
 
-from faenet_ocp.config.schema import Config, SourceConfig, nearest
+from faenet_ocp.config.messages import nearest
+from faenet_ocp.config.schema import Config, SourceConfig
 from faenet_ocp.data import packed as packed_dataset  # noqa: F401  # registers the data sets
 from faenet_ocp.models.fairchem import FAENetEnergyHead, FAENetForceHead, FrameAveragedModel
 

@@ -14,11 +14,9 @@ tensors, numbers, strings and containers (see `FORMAT`), read with `torch.load(w
 | `statistics` | label statistics of the training set (`references.py`) |
 """
 
-import contextlib
 import hashlib
 import io
 import logging
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,7 +25,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from faenet_ocp.common.files import software_versions
+from faenet_ocp.common.files import publish, software_versions, temporary_path, write_bytes
 
 FORMAT = 1
 _NO_COMMENT = b"\0\0"
@@ -35,25 +33,15 @@ _STEP_FILE = re.compile(r"step_(\d+)\.pt")
 
 
 def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
-    """Writes to a temporary name in the same folder, syncs, and renames: a reader sees the old file or the new one.
+    """Writes a checkpoint; a reader sees the old file or the new one, whole.
 
     Raises:
         OSError: it could not be written, or the folder that `path.parent` is in is gone; the old file is still there.
     """
-    path.parent.mkdir(exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     # In memory first: torch's writer ends the process when the disk is full.
     content = io.BytesIO()
     torch.save({"format": FORMAT, "versions": software_versions(), **state}, content)
-    try:
-        with open(temporary, "wb") as file:
-            file.write(_seal(content.getvalue()))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(OSError):  # the error of writing is the one that matters
-            temporary.unlink(missing_ok=True)
+    write_bytes(path, _seal(content.getvalue()))
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -105,20 +93,13 @@ def save_step(folder: Path, step: int, state: Mapping[str, Any], *, keep: int) -
     """Saves `step_<step>.pt`, points `last.pt` at it and removes all but the newest `keep` periodic checkpoints."""
     path = folder / f"step_{step:08d}.pt"
     save_checkpoint(path, state)
-    link = folder / f".last.{os.getpid()}.tmp"
-    link.unlink(missing_ok=True)
+    link = temporary_path(folder / "last.pt")
     link.symlink_to(path.name)
-    os.replace(link, folder / "last.pt")
+    publish(link, folder / "last.pt")
     for old in step_checkpoints(folder)[:-keep]:
         old.unlink()
     logging.info("saved %s", path)
     return path
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Deletes what killed writers left half written; no writer may be at work."""
-    for path in folder.glob(".*.tmp"):
-        path.unlink(missing_ok=True)
 
 
 def load_newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:

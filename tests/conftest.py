@@ -41,9 +41,10 @@ def small_s2ef(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _no_environment_reports() -> Iterator[None]:
-    """fairchem runs pip and others at the start of every run: seconds that the runs inside this process can save."""
+def _runs_begin_and_end_at_once() -> Iterator[None]:
+    """fairchem runs pip and others at the start of every run and sleeps at its end: not for runs in this process."""
+    from fairchem.core.common import distutils
     from fairchem.core.launchers import slurm_launch
 
-    with mock.patch.object(slurm_launch, "write_environment_report"):
+    with mock.patch.object(slurm_launch, "write_environment_report"), mock.patch.object(distutils, "time"):
         yield

@@ -12,6 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ def write_config(path: Path, root: Path, *, task: str = "s2ef", **sections: dict
         "job": {"cpu": True, "print_every": 1, "run_dir": str(path.parent)},
     }
     for name, section in sections.items():
-        config[name] = config.get(name, {}) | section if isinstance(section, dict) else section
+        config[name] = config[name] | section if name in config and isinstance(section, dict) else section
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(config), encoding="utf-8")
     return path
@@ -180,6 +181,20 @@ def _forked(
         os._exit(status)
 
 
+def elastic() -> None:
+    """Has torch elastic fork its ranks: the real launcher without seconds of imports in each rank; for `prepare`."""
+    from torch.distributed.launcher import api
+
+    api.LaunchConfig = partial(api.LaunchConfig, start_method="fork")  # type: ignore[misc, assignment]
+
+
+def main_on_ranks(arguments: Sequence[str], log: Path, *, ranks: int = 2, status: int = 0) -> str:
+    """The command line with `--num-gpus`, through torch elastic; what it wrote, once it has ended with the status."""
+    found = finish(forked([*arguments, "--num-gpus", str(ranks)], log, prepare=elastic))
+    assert found == [status], (found, log.read_text()[-4000:])
+    return log.read_text()
+
+
 def finish(processes: Sequence[multiprocessing.context.ForkProcess], *, timeout: float = 240) -> list[int | None]:
     """Exit codes (negative: a signal) once all have ended; whoever has not in time is killed, code None."""
     deadline = time.monotonic() + timeout
@@ -191,6 +206,12 @@ def finish(processes: Sequence[multiprocessing.context.ForkProcess], *, timeout:
         if process.exitcode is None:
             process.kill()
     return codes
+
+
+def ranks_of(launcher: int) -> list[int]:
+    """The spawned ranks of a launcher: those of its children that are no resource tracker."""
+    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+    return sorted(int(child) for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes())
 
 
 def wait_for(condition: Callable[[], Any], *, timeout: float = 240) -> Any:

@@ -1,4 +1,4 @@
-"""Checkpoints of small models, trained for two steps through the command line."""
+"""Checkpoints of small models, trained for two steps through the command line, and structures for them."""
 
 from functools import cache
 from pathlib import Path
@@ -6,63 +6,39 @@ from typing import Any
 
 import ase
 import numpy as np
-import yaml
 
+import processes
 import small_data
 from faenet_ocp.launch.cli import main
 
-_MODEL = {
-    "name": "faenet",
-    "hidden_channels": 48,
-    "num_filters": 24,
-    "num_interactions": 2,
-    "num_gaussians": 10,
-    "tag_hidden_channels": 8,
-    "pg_hidden_channels": 4,
-    "cutoff": 6.0,
-    "max_neighbors": 40,
-}
-_TASKS: dict[str, dict[str, Any]] = {
+_DATASETS: dict[str, dict[str, Any]] = {
     "is2re": {
-        "dataset": {
-            "key_mapping": {"y_relaxed": "energy"},
-            "transforms": {"remove_subsurface": {}},
-            "train": {"src": "is2re/all/train"},
-            "val": {"val_id": {"src": "is2re/all/val_id"}},
-        },
-        "outputs": {"energy": {"normalizer": "fit", "element_references": "fit"}},
+        "key_mapping": {"y_relaxed": "energy"},
+        "transforms": {"remove_subsurface": {}},
+        "train": {"src": "is2re/all/train"},
+        "val": {"val_id": {"src": "is2re/all/val_id"}},
     },
-    "s2ef": {
-        "dataset": {
-            "train": {"src": "s2ef/2M/train"},
-            "val": {"val_id": {"src": "s2ef/all/val_id"}},
-        },
-        "outputs": {"energy": {"normalizer": "fit"}},
-    },
+    "s2ef": {"train": {"src": "s2ef/2M/train"}, "val": {"val_id": {"src": "s2ef/all/val_id"}}},
 }
 
 
 @cache
 def train(task: str, root: Path) -> Path:
     """Train on the data that `small_data` wrote to `root`, once a session; the checkpoint's path."""
-    folder = root / "runs"
-    folder.mkdir()
-    config = {
-        "trainer": "faenet",
-        "task": task,
-        "model": _MODEL,
-        "frames": {"dim": 2, "group": "SE", "method": "stochastic"},
-        "optim": {"lr_initial": 0.002, "batch_size": 4, "max_epochs": 1, "max_steps": 2, "num_workers": 0},
-        "logger": "none",
-        "job": {"cpu": True, "run_dir": str(folder), "identifier": task},
-        **_TASKS[task],
-    }
-    config["dataset"] = {"name": "small data", "root": str(root), **config["dataset"]}
-    path = folder / f"{task}.yml"
-    path.write_text(yaml.safe_dump(config))
-    if main(["--config", str(path)]) != 0:
+    config = processes.write_config(
+        root / "runs" / f"{task}.yml",
+        root,
+        task=task,
+        dataset=_DATASETS[task],
+        model={"cutoff": 6.0, "max_neighbors": 40},
+        frames={"dim": 2, "group": "SE"},
+        outputs={"energy": {"normalizer": "fit"} | ({"element_references": "fit"} if task == "is2re" else {})},
+        evaluation_metrics={"primary_metric": {}},
+        optim={"batch_size": 4, "max_steps": 2},
+    )
+    if main(["--config", str(config), "--identifier", task]) != 0:
         raise RuntimeError(f"training of {task} failed")
-    return folder / task / "checkpoints" / "best.pt"
+    return config.with_suffix("") / "checkpoints" / "best.pt"
 
 
 def slab(index: int = 0, **options: Any) -> ase.Atoms:

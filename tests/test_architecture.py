@@ -34,7 +34,7 @@ ALLOWED = {
     "evaluation": "common targets config data tasks checkpoint build",
     "training": "common targets config data tasks checkpoint build evaluation",
     "inference": "common targets config frames graph models data tasks checkpoint build evaluation",
-    "launch": "common config checkpoint evaluation training",
+    "launch": "common config checkpoint tasks evaluation training",  # tasks: the statistics in a checkpoint
     "benchmark": "*",
 }
 FAIRCHEM = (

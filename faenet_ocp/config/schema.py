@@ -1,26 +1,18 @@
-"""YAML to a validated, typed configuration.
+"""The configuration: every section and key with its type, default and bounds, validated as a whole before any work.
 
-A configuration is OCP-style YAML: `includes:` are merged first (paths relative to the file that names them), then the
-file's own keys, then `--section.key=value` overrides, then the command line's flags. The result is validated here as a
-whole, before anything is built: an unknown key is a ValueError that names its dotted path and the nearest valid one, a
-wrong type or value names what is allowed. `model` and transforms are checked against the constructors of the registered
-classes in `build.py`, which knows the registry.
+An unknown key is a ValueError that names its dotted path and the nearest valid one, a wrong type or value names what is
+allowed. `model` and transforms are checked against the constructors of the registered classes in `build.py`, which
+knows the registry.
 """
 
-import difflib
 import re
-import types
-from collections.abc import Mapping, Sequence
-from importlib import resources
-from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from collections.abc import Mapping
+from typing import Any, Literal
 
-import yaml
-from fairchem.core.common.utils import UniqueKeyLoader, recursive_dict_merge
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from faenet_ocp.config.slurm import SlurmConfig
-from faenet_ocp.targets import TASKS, Target, resolve
+from faenet_ocp.config.messages import explain, nearest
+from faenet_ocp.targets import TASKS, Target, metrics_of, resolve
 
 FRAME_METHODS = Literal["full", "stochastic", "det", "canonical", "data_augmentation", "none"]
 LOGGERS = Literal["tensorboard", "wandb", "none"]
@@ -122,6 +114,13 @@ class EvaluationConfig(_Section):
     primary_metric: PrimaryMetricConfig = PrimaryMetricConfig()
     max_systems: int | None = Field(default=None, ge=1)
 
+    @property
+    def names(self) -> list[str]:
+        """All metrics that are named, as in results (`energy: [mae]` is `energy_mae`)."""
+        listed = [(target, name) for target, names in self.metrics.items() for name in names]
+        full = [name if "within_threshold" in name else f"{target}_{name}" for target, name in listed]
+        return [self.primary_metric.metric, *full]
+
 
 class OptimConfig(_Section):
     """`optim:` optimiser, schedule, batches and how often things happen.
@@ -193,6 +192,34 @@ class JobConfig(_Section):
         return value
 
 
+class SlurmConfig(_Section):
+    """`slurm:` what `--submit` asks SLURM for; nodes and GPUs (= ranks) on each come from `job:`.
+
+    `time` is in SLURM's own format (`"12:00:00"`, `"2-00"`, `"90"`: minutes). A run that reaches it saves and goes back
+    to the queue, at most `max_timeouts` times. `additional_parameters` are any other options of sbatch (`constraint:
+    h100`, `exclusive: true`); false leaves out what is asked for otherwise (`requeue: false`). Ranks find each other
+    through a file in the run's folder, which every node has to see, or with `rendezvous: tcp` through a port that two
+    jobs on one node would both use.
+    """
+
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    time: str = "24:00:00"
+    mem_gb: float = Field(default=80, gt=0)
+    cpus_per_task: int = Field(default=8, ge=1)
+    additional_parameters: dict[str, str | int | float | bool] = {}
+    max_timeouts: int = Field(default=100, ge=0)
+    rendezvous: Literal["file", "tcp"] = "file"
+
+    @field_validator("time", mode="before")
+    @classmethod
+    def _time(cls, value: Any) -> Any:
+        if not isinstance(value, str):  # YAML reads 12:00:00 as a number, sixty to the place
+            raise ValueError('write SLURM\'s format in quotes, e.g. "12:00:00"')
+        return value
+
+
 class Config(_Section):
     """The whole configuration of a run; `model` is checked against the registered model's constructor."""
 
@@ -218,23 +245,26 @@ class Config(_Section):
     def _consistent(self) -> "Config":
         if not isinstance(self.model.get("name"), str):
             raise ValueError("model.name: missing; it names a registered model, e.g. faenet")
+        task, properties = self.task, self.properties
         for name, output in self.outputs.items():
             target = resolve(name, level=output.level, unit=output.unit)
-            if name not in TASKS[self.task] and target.level != "system":
-                raise ValueError(f"outputs.{name}: task {self.task} predicts only {', '.join(TASKS[self.task])}")
-        properties = self.properties
+            if name not in TASKS[task] and target.level != "system":
+                raise ValueError(f"outputs.{name}: task {task} predicts only {', '.join(TASKS[task])}")
+            if name != "forces" and output.eval_from != "prediction":
+                raise ValueError(f"outputs.{name}.eval_from: only forces can be taken from the energy's gradient")
         for section, names in (
             ("loss_functions", [name for name in self.losses if name != "gradient"]),
             ("evaluation_metrics.metrics", self.evaluation_metrics.metrics),
         ):
             for name in names:
                 if name not in properties:
-                    raise ValueError(f"{section}.{name}: task {self.task} predicts only {', '.join(properties)}")
+                    raise ValueError(f"{section}.{name}: task {task} predicts only {', '.join(properties)}")
         if "gradient" in self.losses and "forces" not in properties:
             raise ValueError("loss_functions.gradient: compares forces with -dE/dX, and the task predicts no forces")
-        for name, output in self.outputs.items():
-            if name != "forces" and output.eval_from != "prediction":
-                raise ValueError(f"outputs.{name}.eval_from: only forces can be taken from the energy's gradient")
+        metrics = metrics_of(self.targets)
+        for name in self.evaluation_metrics.names:
+            if name not in metrics:
+                raise ValueError(f"evaluation_metrics: unknown metric {name!r}{nearest(name, list(metrics))}")
         split = self.evaluation_metrics.primary_metric.split
         if self.dataset.val and split not in self.dataset.val:
             raise ValueError(
@@ -267,118 +297,6 @@ class Config(_Section):
         return self.outputs.get(name, OutputConfig())
 
 
-class _Loader(UniqueKeyLoader):
-    """SafeLoader that refuses repeated keys and reads 1e-3 as a number, as YAML 1.2 does."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)$"),
-    list("-+0123456789."),
-)
-
-
-def find_config(path: str | Path) -> Path:
-    """Resolves a config path: as given, else among the shipped configs (`configs/is2re/faenet.yml`)."""
-    given = Path(path)
-    if given.is_file():
-        return given
-    relative = Path(*given.parts[1:]) if given.parts[:1] == ("configs",) else given
-    for base in (
-        Path(str(resources.files("faenet_ocp"))) / "configs",
-        Path(__file__).resolve().parents[2] / "configs",
-    ):
-        if not given.is_absolute() and (base / relative).is_file():
-            return base / relative
-    raise ValueError(f"--config {path}: there is no such file, here or among the shipped configs")
-
-
-def load_yaml(path: Path, _chain: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """One YAML file with its `includes:` merged below it.
-
-    Raises:
-        ValueError: unreadable YAML, repeated key, missing or circular include; names file and line.
-    """
-    path = path.resolve()
-    if path in _chain:
-        raise ValueError(f"{path}: includes itself through {' -> '.join(p.name for p in _chain)}")
-    try:
-        content = yaml.load(path.read_text(), Loader=_Loader)  # a SafeLoader
-    except (yaml.YAMLError, ValueError, TypeError) as error:  # TypeError: a mapping or list as a key
-        raise ValueError(f"{path}: {error}") from error
-    except RecursionError as error:
-        raise ValueError(f"{path}: nested too deeply") from error
-    if content is None:
-        content = {}
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: the top level has to be a mapping, not {type(content).__name__}")
-    includes = content.pop("includes", [])
-    if not isinstance(includes, list):
-        raise ValueError(f"{path}: includes: expected a list of files, got {includes!r}")
-    merged: dict[str, Any] = {}
-    for include in includes:
-        target = path.parent / str(include)
-        if not target.is_file():
-            raise ValueError(f"{path}: includes: {include}: there is no such file")
-        merged = recursive_dict_merge(merged, load_yaml(target, (*_chain, path)))
-    return recursive_dict_merge(merged, content)
-
-
-def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
-    """`--section.key=value` (or `--section.key value`) to a nested mapping; values are read as YAML."""
-    result: dict[str, Any] = {}
-    rest = list(arguments)
-    while rest:
-        argument = rest.pop(0)
-        name, equals, value = argument.partition("=")
-        if not name.startswith("--") or name[2:].split(".")[0] not in Config.model_fields:
-            raise ValueError(
-                f"{argument}: unknown argument; overrides are written --section.key=value (--help lists the flags)"
-            )
-        if not equals:
-            if not rest:
-                raise ValueError(f"{argument}: a value is missing: {argument}=value")
-            value = rest.pop(0)
-        nested: Any = parse_value(value)
-        for part in reversed(name[2:].split(".")):
-            nested = {part: nested}
-        result = recursive_dict_merge(result, nested)
-    return result
-
-
-def parse_value(text: str) -> Any:
-    """A value from the command line, read as YAML.
-
-    Raises:
-        ValueError: it is not YAML.
-    """
-    try:
-        return yaml.load(text, Loader=_Loader)  # a SafeLoader
-    except (yaml.YAMLError, ValueError, TypeError) as error:  # TypeError: a mapping or list as a key
-        raise ValueError(f"{text!r} is not a YAML value: {error}") from error
-    except RecursionError as error:
-        raise ValueError(f"{text[:100]!r}...: nested too deeply") from error
-
-
-_USE_CHECK = "a sample that cannot be used ends the run; --mode check lists all of them before"
-REMOVED = {
-    "dataset.on_bad_sample": _USE_CHECK,
-    "dataset.max_bad_share": _USE_CHECK,
-    "job.compile": "torch.compile gained nothing where it was measured; leave the key out",
-}
-"""Keys of earlier versions, and what to do instead."""
-
-
-def without_removed(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration that an earlier version wrote (into a checkpoint or a run's folder), without `REMOVED` keys."""
-    return {
-        section: {key: value for key, value in content.items() if f"{section}.{key}" not in REMOVED}
-        if isinstance(content, Mapping)
-        else content
-        for section, content in raw.items()
-    }
-
-
 def build_config(raw: Mapping[str, Any]) -> Config:
     """Validates a merged mapping.
 
@@ -388,60 +306,5 @@ def build_config(raw: Mapping[str, Any]) -> Config:
     try:
         return Config.model_validate(dict(raw))
     except ValidationError as error:
-        lines = sorted({_explain(dict(problem)) for problem in error.errors()})
+        lines = sorted({explain(dict(problem), Config) for problem in error.errors()})
         raise ValueError("the configuration is not valid:\n  " + "\n  ".join(lines)) from None
-
-
-def nearest(name: str, allowed: Sequence[str]) -> str:
-    """'; did you mean X?' or the list of what is allowed, for error messages."""
-    close = difflib.get_close_matches(name, allowed, n=1, cutoff=0.6)
-    return f"; did you mean {close[0]}?" if close else f"; allowed: {', '.join(sorted(allowed))}"
-
-
-def _explain(problem: Mapping[str, Any]) -> str:
-    location = [str(part) for part in problem["loc"]]
-    # pydantic adds the tried branch of a union to the path; users know only the keys.
-    keys = [part for part in location if not re.search(r"[\[\](]|Config$|^(str|int|float|bool|dict|list)$", part)]
-    if problem["type"] == "extra_forbidden":
-        keys = [*keys[: -1 if keys[-1:] == location[-1:] else None], location[-1]]  # whatever the user has called it
-    path = ".".join(keys)
-    if problem["type"] == "extra_forbidden":
-        if path in REMOVED:
-            return f"{path}: is no key any more: {REMOVED[path]}"
-        allowed = _allowed_keys(keys[:-1])
-        return f"{path}: unknown key{nearest(keys[-1], allowed) if allowed else ''}"
-    if problem["type"] == "missing":
-        return f"{path}: missing"
-    message = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] == "value_error" and not keys:
-        return message
-    return f"{path}: {message} (got {problem['input']!r})"
-
-
-def _allowed_keys(parents: Sequence[str]) -> list[str]:
-    """The valid keys of the section that a dotted path leads to."""
-    section: Any = Config
-    for part in parents:
-        if isinstance(section, type) and issubclass(section, BaseModel):
-            field = section.model_fields.get(part)
-            section = field.annotation if field else None
-        else:  # a mapping or list: go on with the type of its values
-            section = _value_type(section)
-        section = _section_in(section) or section
-    section = _section_in(section)
-    return sorted(section.model_fields) if section else []
-
-
-def _value_type(annotation: Any) -> Any:
-    arguments = get_args(annotation)
-    return arguments[-1] if get_origin(annotation) in (dict, list) and arguments else annotation
-
-
-def _section_in(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    if get_origin(annotation) in (Union, types.UnionType):
-        for branch in get_args(annotation):
-            if found := _section_in(branch):
-                return found
-    return None

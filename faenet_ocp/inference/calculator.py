@@ -27,7 +27,8 @@ from numpy.typing import NDArray
 
 from faenet_ocp.checkpoint import load_checkpoint
 from faenet_ocp.common.elements import MAX_ATOMIC_NUMBER, describe
-from faenet_ocp.config.schema import Config, build_config, nearest, without_removed
+from faenet_ocp.config.messages import nearest, without_removed
+from faenet_ocp.config.schema import Config, build_config
 from faenet_ocp.data.oc20 import DTYPES, NUM_ELEMENTS
 from faenet_ocp.data.transforms import Compose
 from faenet_ocp.evaluation.evaluator import load_model

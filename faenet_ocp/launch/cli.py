@@ -2,21 +2,25 @@
 
 import argparse
 import logging
-import os
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from datetime import datetime
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 
 from faenet_ocp.common import log_setup
-from faenet_ocp.launch import local_ranks
+from faenet_ocp.common.files import write_text
+from faenet_ocp.config.messages import nearest, without_removed
+from faenet_ocp.config.schema import Config, build_config
+from faenet_ocp.config.yaml import find_config, load_yaml, merge, parse_overrides, parse_value
+from faenet_ocp.launch import local_ranks, sweep
 
 if TYPE_CHECKING:
-    from faenet_ocp.config.schema import Config
     from faenet_ocp.training.trainer import FAENetTrainer
 
 _JOB_FLAGS = ("run_dir", "identifier", "seed", "num_gpus", "num_nodes", "cpu", "amp", "debug", "print_every")
@@ -32,7 +36,7 @@ _SLURM_FLAGS = ("partition", "account", "qos", "time", "mem_gb", "cpus_per_task"
 class _Run(NamedTuple):
     """A checked run that can begin; `values` are those of a sweep."""
 
-    config: "Config"
+    config: Config
     trainer: "FAENetTrainer"
     folder: Path
     values: dict[str, Any]
@@ -50,9 +54,9 @@ def make_parser() -> argparse.ArgumentParser:
     add("--config", "--config-yml", metavar="YAML", help="configuration file; needed except with --checkpoint")
     add(
         "--mode",
-        choices=("train", "validate", "predict", "benchmark"),
+        choices=("train", "validate", "predict", "check", "benchmark"),
         default="train",
-        help="benchmark takes other arguments, those of scripts/benchmark.py",
+        help="check reads all data and lists what cannot be used; benchmark takes scripts/benchmark.py's arguments",
     )
     add("--checkpoint", metavar="PT", help="weights to validate or predict with, or to begin training with")
     job = parser.add_argument_group("run", "each of these is also a key of the section job:")
@@ -110,19 +114,19 @@ def _benchmark(flags: argparse.Namespace, arguments: Sequence[str]) -> int:
     given = [name for name, value in vars(flags).items() if value != defaults[name]]
     if given:
         raise ValueError(f"--{given[0].replace('_', '-')}: has no meaning with --mode benchmark")
-    from faenet_ocp.benchmark import command
-
-    command.main(arguments)
+    import_module("faenet_ocp.benchmark.command").main(arguments)
     return 0
 
 
 def _run(flags: argparse.Namespace, overrides: Sequence[str]) -> int:
-    from faenet_ocp.training import trainer as _registers  # noqa: F401  # takes seconds: not for --help
-
     if flags.dry_run and not flags.submit:
         raise ValueError("--dry-run: says what --submit would do; give both")
+    if flags.mode == "check" and (flags.submit or flags.sweep_yml):
+        raise ValueError("--mode check: reads the data of one configuration, here; no --submit and no --sweep-yml")
     raw = _merge(flags, overrides)
     runs = [_prepare(raw, flags)] if flags.sweep_yml is None else _prepare_sweep(raw, flags)
+    if flags.mode == "check":
+        return _check_data(runs[0])
     if flags.submit:
         return _submit(runs, flags)
     if flags.sweep_yml is None:
@@ -132,11 +136,14 @@ def _run(flags: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 def _prepare(raw: dict[str, Any], flags: argparse.Namespace, values: dict[str, Any] | None = None) -> _Run:
     """Validates a configuration and all that it names; nothing is written."""
+    config = build_config(raw)  # before what takes seconds to import
+    import torch
     from fairchem.core.common.registry import registry
 
-    from faenet_ocp.config.schema import build_config, nearest
-
-    config = build_config(raw)
+    import_module("faenet_ocp.training.trainer")  # registers everything
+    if not (config.job.cpu or flags.submit or torch.cuda.is_available()):
+        logging.info("no GPU is available here: running on the CPU")
+        config = config.model_copy(update={"job": config.job.model_copy(update={"cpu": True})})
     try:
         trainer_class = registry.get_trainer_class(config.trainer)
     except (RuntimeError, KeyError, ValueError) as error:
@@ -148,16 +155,25 @@ def _prepare(raw: dict[str, Any], flags: argparse.Namespace, values: dict[str, A
 
 
 def _prepare_sweep(raw: dict[str, Any], flags: argparse.Namespace) -> list[_Run]:
-    from faenet_ocp.launch.sweep import expand, load_grid
-
-    name = raw["job"].get("identifier") or datetime.now().strftime("%Y-%m-%d-%H-%M-%S")
+    name = raw.get("job", {}).get("identifier") or datetime.now().strftime("%Y-%m-%d-%H-%M-%S")
     runs = []
-    for values, element in expand(raw, load_grid(flags.sweep_yml), name):
+    for values, element in sweep.expand(raw, sweep.load_grid(flags.sweep_yml), name):
         try:
             runs.append(_prepare(element, flags, values))
         except ValueError as error:
             raise ValueError(f"{element['job']['identifier']}, {values}: {error}") from error
     return runs
+
+
+def _check_data(run: _Run) -> int:
+    """Reads every record of every split, and lists those that cannot be used."""
+    unusable = run.trainer.unusable_records()
+    for split, reasons in unusable.items():
+        for reason in reasons:
+            sys.stdout.write(f"{split}: {reason}\n")
+    count = sum(len(reasons) for reasons in unusable.values())
+    sys.stdout.write(f"{', '.join(unusable)}: {count or 'no'} unusable record{'' if count == 1 else 's'}\n")
+    return local_ranks.WRONG_INPUT if count else 0
 
 
 def _run_here(run: _Run, mode: str) -> int:
@@ -184,7 +200,7 @@ def _run_sweep(runs: Sequence[_Run], mode: str) -> int:
 
 
 def _submit(runs: Sequence[_Run], flags: argparse.Namespace) -> int:
-    """Hands the runs to SLURM and says how to follow them."""
+    """Hands the runs to SLURM and says where their logs will be; with --dry-run, what would be handed over."""
     from faenet_ocp.launch.slurm import submit as slurm
 
     is_sweep, first = flags.sweep_yml is not None, runs[0]
@@ -195,56 +211,41 @@ def _submit(runs: Sequence[_Run], flags: argparse.Namespace) -> int:
             raise ValueError(f"{run.folder} is in the queue already, as job {', '.join(active)}; scancel it first")
     submission = slurm.Submission(first.config, name=folder.name, folder=folder / "slurm")
     if flags.dry_run:
-        sys.stdout.write(slurm.describe(submission, {run.folder: run.values for run in runs}))
+        values = "".join(f"run folder: {run.folder} {run.values or ''}".rstrip() + "\n" for run in runs)
+        answer = submission.test(len(runs))
+        says = f"SLURM says: {answer}\n" if answer else ""
+        sys.stdout.write(f"{submission.script(len(runs))}\n{values}{says}nothing was submitted\n")
         return 0
     for run in runs:
         _write_configs(run, flags.mode)
-    prepared = [slurm.for_slurm(run.trainer.build(run.folder), run.config) for run in runs]
-    jobs = submission.submit([local_ranks.fairchem_config(job) for job in prepared])
+    prepared = {run.folder: slurm.for_slurm(run.trainer.build(run.folder), run.config) for run in runs}
+    jobs = submission.submit({path: local_ranks.fairchem_config(job) for path, job in prepared.items()})
     for run, job in zip(runs, jobs, strict=True):
-        slurm.note_job(run.folder, job)
-    sys.stdout.write(slurm.report(submission, {run.folder: job for run, job in zip(runs, jobs, strict=True)}))
-    sys.stdout.flush()
-    slurm.warn_of_wait(jobs[0])
+        log = shlex.quote(str(submission.log(job)))
+        sys.stdout.write(f"job {job}\n  run folder: {run.folder}\n  follow: tail -F {log}\n")
     return 0
 
 
 def _merge(flags: argparse.Namespace, overrides: Sequence[str]) -> dict[str, Any]:
     """File (or the checkpoint's configuration), overrides and flags, the later ones winning."""
-    import torch
-    from fairchem.core.common.utils import recursive_dict_merge
-
-    from faenet_ocp.checkpoint import load_checkpoint
-    from faenet_ocp.config.schema import find_config, load_yaml, parse_overrides, without_removed
-
     if flags.config is not None:
         raw = load_yaml(find_config(flags.config))
     elif flags.checkpoint is not None and flags.mode != "train":
+        from faenet_ocp.checkpoint import load_checkpoint
+
         raw = without_removed(load_checkpoint(flags.checkpoint)["config"])
         raw["job"].pop("identifier", None)
     else:
         raise ValueError("--config: missing; e.g. --config configs/is2re/faenet.yml (--help lists the flags)")
     if flags.checkpoint is not None:
         flags.checkpoint = str(Path(flags.checkpoint).resolve())
-    raw = recursive_dict_merge(raw, parse_overrides(overrides))
     job = {name: getattr(flags, name) for name in _JOB_FLAGS if getattr(flags, name) is not None}
-    raw = recursive_dict_merge(raw, {"job": job, "slurm": _slurm_settings(flags)})
-    if not raw["job"].get("cpu") and not flags.submit and not torch.cuda.is_available():
-        logging.info("no GPU is available here: running on the CPU")
-        raw["job"]["cpu"] = True
-    return raw
-
-
-def _slurm_settings(flags: argparse.Namespace) -> dict[str, Any]:
-    from faenet_ocp.config.schema import parse_value
-
     given = {name: getattr(flags, f"slurm_{name}") for name in _SLURM_FLAGS}
-    settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    extra = {}
+    slurm: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     for option in flags.slurm_extra or ():
-        name, equals, value = option.partition("=")
-        extra[name.removeprefix("--")] = parse_value(value) if equals else True
-    return {**settings, "additional_parameters": extra} if extra else settings
+        name, equals, value = option.removeprefix("--").partition("=")
+        slurm.setdefault("additional_parameters", {})[name] = parse_value(value) if equals else True
+    return merge(merge(raw, parse_overrides(overrides)), {"job": job, "slurm": slurm})
 
 
 def _run_folder(config: Any, mode: str) -> Path:
@@ -264,35 +265,19 @@ def _write_configs(run: _Run, mode: str) -> None:
 
 def _write_config(path: Path, content: dict[str, Any]) -> None:
     """Writes the resolved configuration; where a run goes on, says which keys changed and which of them matter."""
-    from faenet_ocp.config.schema import without_removed
-
     if path.is_file():
-        before, now = _flat(without_removed(yaml.safe_load(path.read_text()))), _flat(content)
+        before, now = (dict(sweep.flat(c)) for c in (without_removed(yaml.safe_load(path.read_text())), content))
         for key in sorted(set(before) | set(now)):
             if before.get(key) != now.get(key):
-                matters = not re.match(_HARMLESS_KEYS, key)
+                harmless = re.match(_HARMLESS_KEYS, key)
                 logging.log(
-                    logging.WARNING if matters else logging.INFO,
+                    logging.INFO if harmless else logging.WARNING,
                     "%s: the run began with %r, goes on with %r (%s)",
-                    key,
-                    before.get(key),
-                    now.get(key),
-                    "changes the results" if matters else "changes nothing but how it runs",
+                    *(key, before.get(key), now.get(key)),
+                    "changes nothing but how it runs" if harmless else "changes the results",
                 )
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def _flat(content: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(content, dict):
-        return {prefix: content}
-    return {
-        key: value
-        for name, part in content.items()
-        for key, value in _flat(part, f"{prefix}.{name}" if prefix else str(name)).items()
-    }
+    write_text(path, yaml.safe_dump(content, sort_keys=False))
 
 
 def _show(folder: Path, mode: str) -> int:

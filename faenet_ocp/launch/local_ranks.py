@@ -65,8 +65,9 @@ def launch(config: "DictConfig") -> None:
     with _handlers({}):
         try:
             local_launch(config, config.job.metadata.log_dir)
-        finally:
+        except BaseException:  # fairchem leaves the process group behind then
             distutils.cleanup()
+            raise
 
 
 def _launch_ranks(config: "DictConfig") -> None:

@@ -14,9 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fairchem.core.common.utils import recursive_dict_merge
-
-from faenet_ocp.config.schema import load_yaml
+from faenet_ocp.config.yaml import load_yaml, merge
 
 Grid = dict[str, list[Any]]
 
@@ -38,7 +36,7 @@ def load_grid(path: str | Path) -> Grid:
     if not path.is_file():
         raise ValueError(f"--sweep-yml {path}: there is no such file")
     grid: Grid = {}
-    for key, values in _flat(load_yaml(path)):
+    for key, values in flat(load_yaml(path)):
         if not isinstance(values, list) or not values:
             raise ValueError(f"{path}: {key}: expected a list of values, got {values!r}")
         if any(value in values[:number] for number, value in enumerate(values)):
@@ -69,15 +67,16 @@ def expand(raw: Mapping[str, Any], grid: Grid, identifier: str) -> list[Element]
         for key, value in values.items():
             for part in reversed(key.split(".")):
                 value = {part: value}
-            merged = recursive_dict_merge(merged, value)
-        merged = recursive_dict_merge(merged, {"job": {"identifier": f"{identifier}_run{number}"}})
+            merged = merge(merged, value)
+        merged = merge(merged, {"job": {"identifier": f"{identifier}_run{number}"}})
         elements.append(Element(values, merged))
     return elements
 
 
-def _flat(content: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+def flat(content: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Dotted keys and values of a nested mapping; a key that is given nested and dotted is there twice."""
     found = []
     for name, value in content.items():
         key = f"{prefix}{name}"
-        found += _flat(value, f"{key}.") if isinstance(value, Mapping) else [(key, value)]
+        found += flat(value, f"{key}.") if isinstance(value, Mapping) else [(key, value)]
     return found

@@ -2,11 +2,11 @@
 
 import json
 import logging
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from faenet_ocp.common.files import write_text
 from faenet_ocp.config.schema import LoggerConfig
 from faenet_ocp.evaluation.log_names import LOSS
 
@@ -127,6 +127,4 @@ def _keep_until(path: Path, step: int, evaluated: bool) -> None:
         repeated = record["step"] == step and not evaluated and LOSS not in record
         if record["step"] <= step and not repeated:
             kept.append(line + "\n")
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, "".join(kept))

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from fairchem.core.common import distutils
 from numpy.typing import NDArray
 from omegaconf import DictConfig
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from torchtnt.framework import State, train
 from torchtnt.framework.callback import Callback
 
@@ -23,12 +23,11 @@ from faenet_ocp.checkpoint import (
     load_checkpoint,
     load_newest,
     load_weights,
-    remove_leftovers,
     save_checkpoint,
     save_step,
     step_checkpoints,
 )
-from faenet_ocp.common.files import write_json
+from faenet_ocp.common.files import remove_leftovers, write_json
 from faenet_ocp.config.schema import Config, SourceConfig
 from faenet_ocp.data.loader import TrainBatchSampler, make_loader
 from faenet_ocp.evaluation.evaluator import Evaluator
@@ -73,53 +72,16 @@ class TrainingRun:
 
     def run(self) -> None:
         """Trains to the end (from the newest checkpoint, if there is one), then evaluates the best weights."""
-        config, source = self.config, self.config.dataset.train
+        optim, source = self.config.optim, self.config.dataset.train
         if source is None:
             raise ValueError("dataset.train: missing; it says where the training set lies")
         self.fits = self._statistics(source)
-        dataset = build.make_dataset(config, source, training=True, cache_dir=self.folder / "cache")
-        optim = config.optim
-        sampler = TrainBatchSampler(
-            len(dataset),  # type: ignore[arg-type]
-            optim.batch_size,
-            seed=config.job.seed,
-            rank=distutils.get_rank(),
-            world_size=distutils.get_world_size(),
-            num_chunks=optim.grad_accumulation,
-            sizes=self._sizes(dataset) if optim.balance == "atoms" else None,
-        )
-        loader = make_loader(
-            dataset,
-            sampler,
-            num_workers=optim.num_workers,
-            num_chunks=optim.grad_accumulation,
-            persistent=True,
-            context=optim.worker_context,
-            pin_memory=not config.job.cpu,
-        )
-        self.tasks = make_tasks(config, self.fits)
-        self.unit = OCPTrainUnit(
-            job_config=self.job_config,
-            model=build.make_model(config),
-            tasks=self.tasks,
-            optim=optim,
-            gradient_loss=SummedLoss(config.losses["gradient"]) if "gradient" in config.losses else None,
-            steps_per_epoch=len(sampler),
-            amp=config.job.amp,
-            print_every=config.job.print_every,
-            failures=self.folder / "failures",
-        )
+        self.tasks = make_tasks(self.config, self.fits)
+        loader = self._make_loader(source)
+        self.unit = self._make_unit(steps_per_epoch=len(loader))
         self._resume()
         if distutils.is_master():
-            self.logger = self.unit.metric_logger = MetricLogger(
-                config.logger,
-                self.folder / "logs",
-                identifier=self.folder.name,
-                config=config.model_dump(mode="json"),
-                step=self.unit.train_progress.num_steps_completed,
-                evaluated=not self.pending_evaluation,
-                lenient=optim.on_write_error == "warn",
-            )
+            self.logger = self.unit.metric_logger = self._make_logger()
         if self.pending_evaluation:  # the run ended between the end of an epoch and its evaluation
             self.evaluate_and_save()
         self.stepping = True
@@ -130,6 +92,64 @@ class TrainingRun:
             if self.logger is not None:
                 self.logger.close()
         self._final_report()
+
+    def _make_loader(self, source: SourceConfig) -> DataLoader:
+        config, optim = self.config, self.config.optim
+        dataset = build.make_dataset(config, source, training=True, cache_dir=self.folder / "cache")
+        sampler = TrainBatchSampler(
+            len(dataset),  # type: ignore[arg-type]
+            optim.batch_size,
+            seed=config.job.seed,
+            rank=distutils.get_rank(),
+            world_size=distutils.get_world_size(),
+            num_chunks=optim.grad_accumulation,
+            sizes=self._sizes(dataset) if optim.balance == "atoms" else None,
+        )
+        return make_loader(
+            dataset,
+            sampler,
+            num_workers=optim.num_workers,
+            num_chunks=optim.grad_accumulation,
+            persistent=True,
+            context=optim.worker_context,
+            pin_memory=not config.job.cpu,
+        )
+
+    def _sizes(self, dataset: Dataset) -> NDArray[np.integer]:
+        """Atoms of every training sample: the first rank looks at all if need be, the others take it from there."""
+        natoms = getattr(dataset, "natoms", None)
+        if natoms is None:
+            raise ValueError("optim.balance: atoms: the data set does not know its sizes (it has no method natoms)")
+        for first in (True, False):
+            if distutils.is_master() == first:
+                sizes = natoms()
+            distutils.synchronize()
+        return sizes
+
+    def _make_unit(self, *, steps_per_epoch: int) -> OCPTrainUnit:
+        config = self.config
+        return OCPTrainUnit(
+            job_config=self.job_config,
+            model=build.make_model(config),
+            tasks=self.tasks,
+            optim=config.optim,
+            gradient_loss=SummedLoss(config.losses["gradient"]) if "gradient" in config.losses else None,
+            steps_per_epoch=steps_per_epoch,
+            amp=config.job.amp,
+            print_every=config.job.print_every,
+            failures=self.folder / "failures",
+        )
+
+    def _make_logger(self) -> MetricLogger:
+        return MetricLogger(
+            self.config.logger,
+            self.folder / "logs",
+            identifier=self.folder.name,
+            config=self.config.model_dump(mode="json"),
+            step=self.unit.train_progress.num_steps_completed,
+            evaluated=not self.pending_evaluation,
+            lenient=self.config.optim.on_write_error == "warn",
+        )
 
     def request_stop(self, status: int) -> bool:
         """Asks for a checkpoint after the present step and an end with this exit status, on all ranks.
@@ -220,7 +240,7 @@ class TrainingRun:
         self.evaluate()
         self.pending_evaluation, self.stepping = False, stepping
         self.save()
-        self.unit.leave_out(time.perf_counter() - start)
+        self.unit.exclude_time(time.perf_counter() - start)
 
     def evaluate(self) -> None:
         """Evaluates all splits with the present weights, logs the metrics, keeps the weights if they are the best."""
@@ -242,10 +262,8 @@ class TrainingRun:
 
     def _is_best(self, value: float) -> bool:
         best = self.best["value"]
-        if best is None:
-            return True
         metric = metrics_of(self.config.targets)[self.config.evaluation_metrics.primary_metric.metric]
-        return value > best if metric.higher_is_better else value < best
+        return best is None or (value > best if metric.higher_is_better else value < best)
 
     def _final_report(self) -> None:
         path = self.checkpoints / "best.pt"
@@ -260,7 +278,6 @@ class TrainingRun:
         outcomes = self.evaluator.evaluate(self.unit.raw_model, self.tasks, self.fits)
         self.evaluator.report(self.unit.raw_model, outcomes, state | {"epoch_seconds": self.epoch_seconds}, str(path))
 
-    # ---------------------------------------------------------------------------------- statistics
     def _statistics(self, source: SourceConfig) -> dict[str, CompositionFit]:
         """Least squares on compositions and label statistics of the training set, kept in `statistics.json`."""
         config, path = self.config, self.folder / "statistics.json"
@@ -287,17 +304,6 @@ class TrainingRun:
         if distutils.is_master():
             write_json(path, {"training_set": key, "fit": fits_to_dict(fits)})
         return fits
-
-    def _sizes(self, dataset: Dataset) -> NDArray[np.integer]:
-        """Atoms of every training sample: the first rank looks at all if need be, the others take it from there."""
-        natoms = getattr(dataset, "natoms", None)
-        if natoms is None:
-            raise ValueError("optim.balance: atoms: the data set does not know its sizes (it has no method natoms)")
-        for first in (True, False):
-            if distutils.is_master() == first:
-                sizes = natoms()
-            distutils.synchronize()
-        return sizes
 
 
 class _Hooks(Callback):

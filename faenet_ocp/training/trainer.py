@@ -1,19 +1,18 @@
 """The registered trainer: a configuration is checked, and becomes the job and runner of fairchem's launchers."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from fairchem.core.common.registry import registry
 from torch import nn
+from torch.utils.data import Dataset
 
 from faenet_ocp import build
 from faenet_ocp.checkpoint import load_checkpoint
-from faenet_ocp.config.schema import Config, nearest
-from faenet_ocp.targets import metrics_of
-from faenet_ocp.training.unit import make_optimizer
-
-MODES = ("train", "validate", "predict")
+from faenet_ocp.config.schema import Config
+from faenet_ocp.training.optim import make_optimizer
 
 
 @registry.register_trainer("faenet")
@@ -24,8 +23,8 @@ class FAENetTrainer:
 
     Args:
         config: validated configuration.
-        mode: train, validate or predict.
-        checkpoint: weights to validate or predict with.
+        mode: train, validate, predict or check.
+        checkpoint: weights to validate or predict with, or to begin training with.
     """
 
     runner = "faenet_ocp.launch.runner.OCPRunner"
@@ -34,45 +33,51 @@ class FAENetTrainer:
         self.config, self.mode, self.checkpoint = config, mode, checkpoint
 
     def check(self) -> None:
-        """Builds what can be built without data or ranks and looks at the paths, so that mistakes show at once.
+        """Builds what can be built without ranks and opens the data, so that mistakes show at once.
 
         Raises:
             ValueError: what is wrong, with its key.
         """
-        config = self.config
         if self.checkpoint is not None:
             load_checkpoint(self.checkpoint)
-        splits = dict(config.dataset.val)
-        if self.mode == "train":
-            if config.dataset.train is None:
-                raise ValueError("dataset.train: missing; it says where the training set lies")
-            splits["train"] = config.dataset.train
-            make_optimizer(config.optim)([nn.Parameter(torch.zeros(1))])
-        elif self.checkpoint is None:
+        elif self.mode in ("validate", "predict"):
             raise ValueError(f"--checkpoint: --mode {self.mode} needs the weights to use")
-        if self.mode == "predict":
-            splits = dict(config.dataset.test) or splits
-        if not splits:
+        if self.mode == "train":
+            if self.config.dataset.train is None:
+                raise ValueError("dataset.train: missing; it says where the training set lies")
+            make_optimizer(self.config.optim)([nn.Parameter(torch.zeros(1))])
+        build.make_model(self.config)
+        if not self.datasets():
             raise ValueError("dataset: no splits are given")
-        known = metrics_of(config.targets)
-        metric = config.evaluation_metrics.primary_metric.metric
-        for name in [metric, *self._metric_names()]:
-            if name not in known:
-                raise ValueError(f"evaluation_metrics: unknown metric {name!r}{nearest(name, list(known))}")
-        build.make_model(config)
-        for split, source in splits.items():
+
+    def datasets(self) -> dict[str, Dataset]:
+        """Data sets of the splits that the mode uses, by the name of the split.
+
+        Raises:
+            ValueError: one cannot be opened; names the split.
+        """
+        given, opened = self.config.dataset, {}
+        sources = {"train": given.train} if given.train is not None and self.mode in ("train", "check") else {}
+        sources |= given.test if self.mode == "predict" and given.test else given.val
+        if self.mode == "check":
+            sources |= {f"test {split}": source for split, source in given.test.items()}
+        for split, source in sources.items():
+            labelled = self.mode != "predict" and not split.startswith("test ")
             try:
-                build.make_dataset(config, source, training=split == "train", labelled=self.mode != "predict")
+                opened[split] = build.make_dataset(
+                    self.config, source, training=source is given.train, labelled=labelled
+                )
             except (ValueError, OSError) as error:
                 raise ValueError(f"dataset, split {split}: {error}") from error
+        return opened
 
-    def _metric_names(self) -> list[str]:
-        """Metrics that the config lists, in this package's names (`energy: [mae]` is `energy_mae`)."""
-        return [
-            name if "within_threshold" in name else f"{target}_{name}"
-            for target, names in self.config.evaluation_metrics.metrics.items()
-            for name in names
-        ]
+    def unusable_records(self) -> dict[str, list[str]]:
+        """Reads every record of every split in several processes: for each split, what cannot be used and why."""
+        from faenet_ocp.data.check import check
+
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        found = check(self.datasets(), self.config.optim.num_workers or cores)
+        return {split: [problem.reason for problem in problems] for split, problems in found.items()}
 
     def build(self, folder: Path) -> dict[str, Any]:
         """The `job` and `runner` mappings for fairchem's launchers; the run's folder holds its config already."""

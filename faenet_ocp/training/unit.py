@@ -8,9 +8,10 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -30,53 +31,16 @@ from faenet_ocp.evaluation import log_names
 from faenet_ocp.tasks.losses import SummedLoss, loss_mask, task_loss
 from faenet_ocp.tasks.tasks import energy_gradient_forces
 from faenet_ocp.training.loggers import MetricLogger
-
-_Tensors = tuple[Tensor, ...] | list[Tensor]
-
-
-def learning_rate_schedule(optim: OptimConfig, total_steps: int) -> Callable[[int], float]:
-    """Factor of `lr_initial` by step: linear warm-up from `warmup_factor` to 1, then a cosine down to `lr_min_factor`.
-
-    Steps count optimiser steps; the cosine ends at the last step of training.
-    """
-    warmup = optim.warmup_steps
-    if warmup >= total_steps and optim.scheduler == "linear_warmup_cosine":
-        logging.warning(
-            "optim.warmup_steps: %d, but training has only %d steps: the learning rate never reaches lr_initial",
-            warmup,
-            total_steps,
-        )
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return optim.warmup_factor + (1 - optim.warmup_factor) * step / warmup
-        if optim.scheduler == "constant":
-            return 1.0
-        progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
-        return optim.lr_min_factor + (1 - optim.lr_min_factor) * 0.5 * (1 + math.cos(math.pi * progress))
-
-    return factor
+from faenet_ocp.training.optim import learning_rate_schedule, make_optimizer, warming_ema
 
 
-def make_optimizer(optim: OptimConfig) -> Callable[..., torch.optim.Optimizer]:
-    """The optimiser of `torch.optim` that the config names, called with `params`.
+class _LossTerm(NamedTuple):
+    """One term of eq. (9): `value` gives its sum over a batch, from the model's outputs."""
 
-    Raises:
-        ValueError: there is no such optimiser, or it does not take the given arguments.
-    """
-    cls = getattr(torch.optim, optim.optimizer, None)
-    if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
-        raise ValueError(f"optim.optimizer: torch.optim has no optimiser {optim.optimizer!r}; e.g. AdamW, Adam, SGD")
-    arguments = {"lr": optim.lr_initial, "weight_decay": optim.weight_decay, **optim.optimizer_params}
-
-    def build(params: Any) -> torch.optim.Optimizer:
-        try:
-            return cls(params, **arguments)
-        except TypeError as error:
-            raise ValueError(f"optim.optimizer_params: {optim.optimizer}: {error}") from error
-
-    build.keywords = {}  # type: ignore[attr-defined]  # fairchem looks here for a decay to exempt parameters from
-    return build
+    name: str
+    loss: SummedLoss
+    task: Task
+    value: Callable[[Mapping[str, Any], AtomicData], Tensor]
 
 
 class OCPTrainUnit(MLIPTrainEvalUnit):
@@ -129,10 +93,14 @@ class OCPTrainUnit(MLIPTrainEvalUnit):
             save_inference_ckpt=False,
         )
         self.load_scheduler(steps_per_epoch)
-        self.all_tasks, self.gradient_loss = list(tasks), gradient_loss
-        self.loss_names = [task.name for task in self.tasks] + (["gradient"] if gradient_loss else [])
+        self.all_tasks = list(tasks)
+        self.terms = [_LossTerm(task.name, task.loss_fn, task, partial(task_loss, task)) for task in self.tasks]
+        self.gradient_loss = gradient_loss
+        if gradient_loss is not None:
+            forces = next(task for task in tasks if task.name == "forces")
+            self.terms.append(_LossTerm("gradient", gradient_loss, forces, self._gradient_loss))
         if optim.ema_decay is not None:
-            self.ema_model = AveragedModel(self.raw_model, multi_avg_fn=_warming_ema(optim.ema_decay))
+            self.ema_model = AveragedModel(self.raw_model, multi_avg_fn=warming_ema(optim.ema_decay))
         self.steps_per_epoch = steps_per_epoch
         self.failures = failures
         self.num_skipped, self.max_skipped = 0, optim.skip_nonfinite
@@ -155,19 +123,20 @@ class OCPTrainUnit(MLIPTrainEvalUnit):
 
     def train_step(self, state: State, data: Batches) -> None:
         """Forward, backward and optimiser step over the micro-batches of this rank."""
-        self._note_data_wait(state)
+        self._add_data_wait(state)
         device = distutils.get_device_for_local_rank()
         counts = self._share(self._counts(data)).to(device)
         batches = [batch.to(device, non_blocking=True) for batch in data]
         self.optimizer.zero_grad(set_to_none=True)
-        losses = torch.zeros(len(self.loss_names), device=device, dtype=torch.float64)
+        losses = torch.zeros(len(self.terms), device=device, dtype=torch.float64)
         for number, batch in enumerate(batches):
             last = number == len(batches) - 1
             with contextlib.nullcontext() if last else self.model.no_sync():
                 parts = self._losses(batch, counts)
                 parts.sum().backward()
             losses += parts.detach()
-        grad_norm = self._clip()
+        # Over all ranks, the same on each, before clipping.
+        grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad_norm or math.inf)
         if math.isfinite(float(grad_norm)):
             self.optimizer.step()
             if self.ema_model is not None:
@@ -177,7 +146,6 @@ class OCPTrainUnit(MLIPTrainEvalUnit):
         learning_rate = self.scheduler.get_last_lr()[0]
         self.scheduler.step()
         self._window["systems"] += sum(len(batch.natoms) for batch in batches)
-        self._window["steps"] += 1
         step = self.train_progress.num_steps_completed + 1
         self._show_progress(step)
         if step % self.print_every == 0 or step == self.total_steps:
@@ -185,39 +153,32 @@ class OCPTrainUnit(MLIPTrainEvalUnit):
 
     def _losses(self, batch: AtomicData, counts: Tensor) -> Tensor:
         """This micro-batch's part of each loss; DDP averages gradients over ranks, hence the world size."""
-        use_gradient = self.gradient_loss is not None and self._active(self.gradient_loss)
-        if use_gradient:
+        if self.gradient_loss is not None and self._has_begun(self.gradient_loss):
             batch.pos.requires_grad_(True)
         with torch.autocast(batch.pos.device.type, enabled=self.autocast_enabled, dtype=self.autocast_dtype):
             outputs = self.model(batch)
         # A term that has not begun is multiplied by 0: every parameter takes part in every step, as DDP wants.
-        parts = [task_loss(task, outputs, batch) * float(self._active(task.loss_fn)) for task in self.tasks]
-        if self.gradient_loss is not None:
-            parts.append(parts[0].new_zeros(()))
-        if self.gradient_loss is not None and use_gradient:
-            target = energy_gradient_forces(self.all_tasks, outputs, batch.pos, keep_graph=True)
-            mask = loss_mask(self._force_task, batch)
-            parts[-1] = self.gradient_loss(outputs["forces"]["forces"], target, mask, batch.natoms)
+        parts = [term.value(outputs, batch) * float(self._has_begun(term.loss)) for term in self.terms]
         return torch.stack(parts) * (distutils.get_world_size() / counts)
 
-    @property
-    def _force_task(self) -> Task:
-        return next(task for task in self.all_tasks if task.name == "forces")
+    def _gradient_loss(self, outputs: Mapping[str, Any], batch: AtomicData) -> Tensor:
+        """Predicted forces against -dE/dX; 0 before the term has begun, when there is nothing to differentiate by."""
+        forces = outputs["forces"]["forces"]
+        if self.gradient_loss is None or not batch.pos.requires_grad:
+            return forces.new_zeros(())
+        target = energy_gradient_forces(self.all_tasks, outputs, batch.pos, keep_graph=True)
+        return self.gradient_loss(forces, target, loss_mask(self.terms[-1].task, batch), batch.natoms)
 
-    def _active(self, loss: SummedLoss) -> bool:
+    def _has_begun(self, loss: SummedLoss) -> bool:
         return self.train_progress.num_epochs_completed >= loss.start_epoch
 
     def _counts(self, batches: Sequence[AtomicData]) -> Tensor:
         """Terms that each loss is a mean over in the micro-batches of this rank, (number of losses,)."""
-        terms = [(task, task.loss_fn) for task in self.tasks]
-        if self.gradient_loss is not None:
-            terms.append((self._force_task, self.gradient_loss))
-        return torch.stack(
-            [
-                torch.stack([loss.num_terms(batch[task.name], loss_mask(task, batch)) for batch in batches]).sum()
-                for task, loss in terms
-            ]
-        ).to(torch.float64)
+        counts = [
+            sum(loss.num_terms(batch[task.name], loss_mask(task, batch)) for batch in batches)
+            for _, loss, task, _ in self.terms
+        ]
+        return torch.tensor(counts, dtype=torch.float64)
 
     def _share(self, counts: Tensor) -> Tensor:
         """Counts of all ranks together, at least 1 each; and whether any rank is asked to stop, in `stopping`."""
@@ -226,10 +187,6 @@ class OCPTrainUnit(MLIPTrainEvalUnit):
             dist.all_reduce(shared, group=self.cpu_group)
         self.stopping = bool(shared[-1])
         return shared[:-1].clamp(min=1)
-
-    def _clip(self) -> Tensor:
-        """Norm of the gradient over all ranks (the same on each), before clipping."""
-        return nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad_norm or math.inf)
 
     def _skip_or_stop(self, batches: Sequence[AtomicData], losses: Tensor) -> None:
         """The gradient is not finite: keeps the evidence, then leaves the step out or stops.
@@ -242,7 +199,7 @@ class OCPTrainUnit(MLIPTrainEvalUnit):
         path = self.failures / f"step_{step:08d}_rank_{rank}.pt"
         evidence = {
             "step": step,
-            "losses": dict(zip(self.loss_names, losses.tolist(), strict=True)),
+            "losses": self._by_name(losses),
             "sids": [sid for batch in batches for sid in batch.sid],
             "batches": [{k: v.detach().cpu() for k, v in batch if isinstance(v, Tensor)} for batch in batches],
             "model": self.raw_model.state_dict(),
@@ -256,16 +213,19 @@ class OCPTrainUnit(MLIPTrainEvalUnit):
             )
         logging.warning("%s. Step left out (%d of %d allowed)", message, self.num_skipped, self.max_skipped)
 
+    def _by_name(self, losses: Tensor) -> dict[str, float]:
+        return {term.name: value for term, value in zip(self.terms, losses.tolist(), strict=True)}
+
     # ------------------------------------------------------------------------------------ reports
     def _reset_window(self) -> None:
-        self._window = {"systems": 0.0, "steps": 0.0, "wait": 0.0}
+        self._window = {"systems": 0.0, "wait": 0.0}
         self._window_start = time.perf_counter()
 
-    def leave_out(self, seconds: float) -> None:
+    def exclude_time(self, seconds: float) -> None:
         """Time that was not spent on training (evaluation) does not count in samples/s."""
         self._window_start += seconds
 
-    def _note_data_wait(self, state: State) -> None:
+    def _add_data_wait(self, state: State) -> None:
         if state.train_state is not None:
             waits = state.train_state.iteration_timer.recorded_durations.get("data_wait_time")
             if waits:
@@ -275,7 +235,7 @@ class OCPTrainUnit(MLIPTrainEvalUnit):
         world = distutils.get_world_size()
         if world > 1:
             dist.all_reduce(losses)
-        parts = dict(zip(self.loss_names, (losses / world).tolist(), strict=True))
+        parts = self._by_name(losses / world)
         value = sum(parts.values())
         seconds = time.perf_counter() - self._window_start
         values = {
@@ -297,12 +257,7 @@ class OCPTrainUnit(MLIPTrainEvalUnit):
             else:
                 logging.info(
                     "epoch %.2f, step %d of %d: %s, lr %.3g, %.0f %% of the time waiting for data",
-                    epoch,
-                    step,
-                    self.total_steps,
-                    shown,
-                    learning_rate,
-                    100 * values[log_names.DATA_WAIT_SHARE],
+                    *(epoch, step, self.total_steps, shown, learning_rate, 100 * values[log_names.DATA_WAIT_SHARE]),
                 )
         self._reset_window()
 
@@ -340,19 +295,3 @@ class OCPTrainUnit(MLIPTrainEvalUnit):
         self.scheduler.load_state_dict(state["scheduler"])
         self.train_progress.load_state_dict(state["progress"])
         self.num_skipped = state["num_skipped"]
-
-
-def _warming_ema(decay: float) -> Callable[[_Tensors, _Tensors, Tensor | int], None]:
-    """EMA whose decay grows from 0.1 to `decay` as (1 + n) / (10 + n): early averages are not the initial weights."""
-
-    @torch.no_grad()
-    def update(averages: _Tensors, currents: _Tensors, num_averaged: Tensor | int) -> None:
-        n = float(num_averaged)
-        weight = 1 - min(decay, (1 + n) / (10 + n))
-        for average, current in zip(averages, currents, strict=True):
-            if torch.is_floating_point(average):
-                average.lerp_(current.to(average.dtype), weight)
-            else:
-                average.copy_(current)
-
-    return update

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from faenet_ocp.config.schema import build_config, find_config, load_yaml, parse_overrides
+from faenet_ocp.config.schema import build_config
+from faenet_ocp.config.yaml import find_config, load_yaml, parse_overrides
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 MINIMAL = {
@@ -82,7 +83,7 @@ def test_includes_merge_below_the_file(tmp_path: Path) -> None:
     [
         ("includes: [top.yml]\n", "includes itself"),
         ("includes: [gone.yml]\n", "gone.yml: there is no such file"),
-        ("a: 1\na: 2\n", "Duplicate Key"),
+        ("a: 1\na: 2\n", "top.yml: line 2: 'a' is given twice"),
         ("a: [1\n", "top.yml"),
         ("- 1\n", "has to be a mapping"),
         ("a: !!python/object/apply:os.system [true]\n", "could not determine a constructor"),

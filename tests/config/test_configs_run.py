@@ -4,15 +4,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from fairchem.core.common.utils import recursive_dict_merge
 
 from faenet_ocp import build
-from faenet_ocp.config.schema import build_config, load_yaml
+from faenet_ocp.config.schema import build_config
+from faenet_ocp.config.yaml import load_yaml, merge
 from faenet_ocp.data.loader import collate
 from faenet_ocp.tasks.losses import task_loss
 from faenet_ocp.tasks.references import fit_labels
 from faenet_ocp.tasks.tasks import make_tasks, needs_fit
-from faenet_ocp.training.unit import learning_rate_schedule, make_optimizer
+from faenet_ocp.training.optim import make_optimizer
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 SHIPPED = sorted(path for path in CONFIGS.rglob("*.yml") if path.name != "base.yml")
@@ -24,7 +24,7 @@ def test_a_step_at_real_size(path: Path, small_is2re: Path, small_s2ef: Path) ->
     is2re = raw["task"] == "is2re"
     source = "is2re/all/train/data.lmdb" if is2re else "s2ef/2M/train"
     data = {"root": str(small_is2re if is2re else small_s2ef), "train": {"src": source}}
-    config = build_config(recursive_dict_merge(raw, {"dataset": data}))
+    config = build_config(merge(raw, {"dataset": data}))
     dataset = build.make_dataset(config, config.dataset.train, training=True)
     (batch,) = collate([dataset[0, index] for index in range(4)])
     fits = fit_labels([(batch.composition, {"energy": batch.energy})], ["energy"]) if needs_fit(config) else {}
@@ -37,15 +37,3 @@ def test_a_step_at_real_size(path: Path, small_is2re: Path, small_s2ef: Path) ->
     assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.parameters())
     optimizer.step()
     assert any(not torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
-
-
-def test_the_schedule_warms_up_and_falls_to_zero() -> None:
-    optim = build_config(load_yaml(CONFIGS / "is2re" / "faenet.yml")).optim
-    factor = learning_rate_schedule(optim, 21_588)
-    assert factor(0) == pytest.approx(0.2)
-    assert factor(3000) == pytest.approx(0.6)
-    assert factor(6000) == pytest.approx(1.0)
-    assert factor((6000 + 21_588) // 2) == pytest.approx(0.5)
-    assert factor(21_588) == pytest.approx(0.0, abs=1e-12)
-    falling = [factor(step) for step in range(6000, 21_588, 100)]
-    assert falling == sorted(falling, reverse=True)

@@ -23,7 +23,8 @@ from test_batch_path import TRANSFORMS, assert_same
 import processes
 import small_data
 from faenet_ocp import build
-from faenet_ocp.config.schema import build_config, load_yaml
+from faenet_ocp.config.schema import build_config
+from faenet_ocp.config.yaml import load_yaml
 from faenet_ocp.data import edges as record_edges
 from faenet_ocp.data.lmdb_files import LmdbFile
 from faenet_ocp.data.lmdb_records import RecordError, decode_record

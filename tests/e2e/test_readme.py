@@ -12,7 +12,9 @@ from fairchem.core.common.utils import recursive_dict_merge
 from pydantic import BaseModel
 
 import small_runs
-from faenet_ocp.config.schema import Config, _section_in, build_config, find_config, load_yaml, parse_overrides
+from faenet_ocp.config.messages import section_in
+from faenet_ocp.config.schema import Config, build_config
+from faenet_ocp.config.yaml import find_config, load_yaml, parse_overrides
 from faenet_ocp.launch.cli import make_parser
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,7 +61,7 @@ def _exists(key: str) -> bool:
         if part not in section.model_fields:
             return False
         annotation = section.model_fields[part].annotation
-        section = _section_in(annotation) or annotation
+        section = section_in(annotation) or annotation
     return True
 
 

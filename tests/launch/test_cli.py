@@ -1,20 +1,21 @@
 """The command line end to end on small data: train, go on, validate, predict, ranks, and mistakes."""
 
 import json
-import os
-import re
-import signal
+import pickle
 import subprocess
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 
+import processes
+import small_data
 from faenet_ocp.checkpoint import load_checkpoint
+from faenet_ocp.evaluation import evaluator
 from faenet_ocp.launch.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,31 +26,22 @@ SMALL = (
 ).split()
 
 
-def _small(overrides: Sequence[str] = ()) -> list[str]:
-    return ["--config", "configs/is2re/faenet.yml", "--cpu", "--print-every", "1", *SMALL, *overrides]
+def _arguments(root: Path, runs: Path, name: str, *overrides: str) -> list[str]:
+    config = ["--config", "configs/is2re/faenet.yml", "--cpu", "--print-every", "1", *SMALL, *overrides]
+    return [*config, f"--dataset.root={root}", "--run-dir", str(runs), "--identifier", name]
 
 
 def _run(root: Path, runs: Path, name: str, *overrides: str) -> Path:
-    arguments = [*_small(overrides), f"--dataset.root={root}", "--run-dir", str(runs), "--identifier", name]
-    assert main(arguments) == 0
+    assert main(_arguments(root, runs, name, *overrides)) == 0
     return runs / name
 
 
 def _losses(folder: Path) -> list[float]:
-    records = [json.loads(line) for line in (folder / "logs" / "metrics.jsonl").read_text().splitlines()]
-    return [record["train/loss"] for record in records if "train/loss" in record]
+    return [record["train/loss"] for record in processes.records(folder) if "train/loss" in record]
 
 
-def _process(arguments: Sequence[str], **options: object) -> subprocess.Popen:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "main.py"), *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=environment,
-        **options,
-    )
+def _results(folder: Path) -> dict:
+    return json.loads((folder / "results" / "metrics.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -58,12 +50,24 @@ def trained(small_is2re: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return _run(small_is2re, tmp_path_factory.mktemp("runs"), "first")
 
 
+@pytest.fixture
+def no_plots() -> Iterator[None]:
+    """Plots take half a run of this size."""
+    with mock.patch.object(evaluator, "plot_parity"), mock.patch.object(evaluator, "plot_learning_curve"):
+        yield
+
+
+def _with_weights(trained: Path, mode: str, runs: Path, name: str, *more: str) -> list[str]:
+    weights = str(trained / "checkpoints" / "best.pt")
+    return ["--mode", mode, "--checkpoint", weights, "--run-dir", str(runs), "--identifier", name, *more]
+
+
 def test_a_run_leaves_what_is_promised(trained: Path) -> None:
     for name in ("config.yml", "checkpoints/best.pt", "checkpoints/last.pt", "logs/metrics.jsonl", "statistics.json"):
         assert (trained / name).is_file(), name
     for name in ("metrics.json", "table.md", "parity_energy.png", "learning_curve.png"):
         assert (trained / "results" / name).is_file(), name
-    results = json.loads((trained / "results" / "metrics.json").read_text())
+    results = _results(trained)
     assert list(results["splits"]) == ["val_id", "val_ood_ads", "val_ood_cat", "val_ood_both"]
     assert all(metrics["num_systems"] == 4 for metrics in results["splits"].values())
     assert results["oc20"] is False
@@ -91,7 +95,7 @@ def test_metrics_are_those_of_an_independent_loop(trained: Path, small_is2re: Pa
     config = build_config(state["config"])
     model = build.make_model(config).eval()
     load_weights(model, state)
-    reported = json.loads((trained / "results" / "metrics.json").read_text())["splits"]
+    reported = _results(trained)["splits"]
     for split, source in config.dataset.val.items():
         data = build.make_dataset(config, source)
         errors = []
@@ -105,102 +109,90 @@ def test_metrics_are_those_of_an_independent_loop(trained: Path, small_is2re: Pa
 
 
 def test_a_finished_run_is_not_trained_again(trained: Path, small_is2re: Path) -> None:
-    before = {path: path.stat().st_mtime_ns for path in (trained / "checkpoints").glob("*.pt")}
-    table = (trained / "results" / "metrics.json").stat().st_mtime_ns
+    files = [*(trained / "checkpoints").glob("*.pt"), trained / "results" / "metrics.json"]
+    before = [path.stat().st_mtime_ns for path in files]
     _run(small_is2re, trained.parent, "first")
-    after = {path: path.stat().st_mtime_ns for path in (trained / "checkpoints").glob("*.pt")}
-    assert before == after
-    assert (trained / "results" / "metrics.json").stat().st_mtime_ns == table
+    assert [path.stat().st_mtime_ns for path in files] == before
 
 
-def test_validate_repeats_the_final_evaluation(trained: Path, tmp_path: Path) -> None:
-    checkpoint = str(trained / "checkpoints" / "best.pt")
-    arguments = ["--mode", "validate", "--checkpoint", checkpoint, "--run-dir", str(tmp_path), "--identifier", "again"]
+def test_validate_repeats_the_final_evaluation(trained: Path, tmp_path: Path, no_plots: None) -> None:
+    """Also on two ranks, through torch elastic."""
+    arguments = _with_weights(trained, "validate", tmp_path, "again")
     assert main(arguments) == 0
-    first, again = (
-        json.loads((folder / "results" / "metrics.json").read_text()) for folder in (trained, tmp_path / "again")
-    )
+    first, again = _results(trained), _results(tmp_path / "again")
     assert again["splits"] == first["splits"]
     assert again["baselines"] == first["baselines"]
     assert main(arguments) == 2  # results are never overwritten
+    processes.main_on_ranks(_with_weights(trained, "validate", tmp_path, "two"), tmp_path / "log")
+    for split, metrics in first["splits"].items():
+        for name, value in metrics.items():
+            assert _results(tmp_path / "two")["splits"][split][name] == pytest.approx(value, rel=1e-6, abs=1e-6)
 
 
-def test_canonical_frames_in_evaluation(trained: Path, tmp_path: Path) -> None:
-    checkpoint = str(trained / "checkpoints" / "best.pt")
-    for method in ("canonical", "full"):
-        arguments = ["--mode", "validate", "--checkpoint", checkpoint, "--run-dir", str(tmp_path)]
-        assert main([*arguments, "--identifier", method, f"--frames.eval_method={method}"]) == 0
-        results = json.loads((tmp_path / method / "results" / "metrics.json").read_text())
-        assert results["run"]["frames"]["method"] == method
-        for metrics in results["splits"].values():
-            assert metrics["frames_per_system"] == {"canonical": 1, "full": 2}[method]
+@pytest.mark.parametrize(("method", "frames"), [("canonical", 1), ("full", 2)])
+def test_other_frames_in_evaluation(trained: Path, tmp_path: Path, no_plots: None, method: str, frames: int) -> None:
+    assert main(_with_weights(trained, "validate", tmp_path, "v", f"--frames.eval_method={method}")) == 0
+    results = _results(tmp_path / "v")
+    assert results["run"]["frames"]["method"] == method
+    assert {metrics["frames_per_system"] for metrics in results["splits"].values()} == {frames}
 
 
 def test_predictions(trained: Path, tmp_path: Path) -> None:
-    checkpoint = str(trained / "checkpoints" / "best.pt")
-    arguments = ["--mode", "predict", "--checkpoint", checkpoint, "--run-dir", str(tmp_path), "--identifier", "p"]
+    arguments = _with_weights(trained, "predict", tmp_path, "p")
     assert main(arguments) == 0
-    folder = tmp_path / "p" / "results" / "predictions"
-    assert sorted(path.name for path in folder.iterdir()) == [
-        "val_id.npz",
-        "val_ood_ads.npz",
-        "val_ood_both.npz",
-        "val_ood_cat.npz",
-    ]
-    with np.load(folder / "val_id.npz") as content:
+    files = {path.stem: path for path in (tmp_path / "p" / "results" / "predictions").iterdir()}
+    assert files.keys() == _results(trained)["splits"].keys()
+    with np.load(files["val_id"]) as content:
         assert content["ids"].shape == content["energy"].shape == (4,)
     assert main(arguments) == 2
 
 
-def test_the_seed_decides_everything(trained: Path, small_is2re: Path, tmp_path: Path) -> None:
-    again = _run(small_is2re, tmp_path, "again")
-    other = _run(small_is2re, tmp_path, "other", "--seed", "1")
-    assert _losses(again) == _losses(trained)
-    assert _losses(other) != _losses(trained)
+@pytest.mark.parametrize(
+    ("override", "same"),
+    [
+        ("--job.debug=false", 0.0),
+        ("--optim.num_workers=1", 0.0),
+        ("--optim.grad_accumulation=2", 1e-4),
+        ("--job.num_gpus=2", 2e-4),
+        ("--job.seed=1", None),
+    ],
+)
+def test_what_changes_the_losses(
+    trained: Path, small_is2re: Path, tmp_path: Path, no_plots: None, override: str, same: float | None
+) -> None:
+    """The same run once more, loader workers, accumulation and ranks change rounding at most; the seed decides all."""
+    if "num_gpus" in override:
+        output = processes.main_on_ranks(_arguments(small_is2re, tmp_path, "again"), tmp_path / "log")
+        assert output.rstrip().splitlines()[-1] == f"results: {tmp_path / 'again'}"
+    else:
+        _run(small_is2re, tmp_path, "again", override)
+    losses = _losses(tmp_path / "again")
+    if same is None:
+        assert losses != pytest.approx(_losses(trained), rel=0.01)
+    else:
+        assert losses == pytest.approx(_losses(trained), rel=same, abs=0)
 
 
-@pytest.mark.parametrize("workers", [1])
-def test_workers_change_nothing(trained: Path, small_is2re: Path, tmp_path: Path, workers: int) -> None:
-    assert _losses(_run(small_is2re, tmp_path, "w", f"--optim.num_workers={workers}")) == _losses(trained)
-
-
-def test_accumulation_changes_nothing_but_rounding(trained: Path, small_is2re: Path, tmp_path: Path) -> None:
-    folder = _run(small_is2re, tmp_path, "accumulated", "--optim.grad_accumulation=2")
-    assert _losses(folder) == pytest.approx(_losses(trained), rel=1e-4)
-
-
-def test_more_settings_work(small_is2re: Path, tmp_path: Path) -> None:
+def test_more_settings_work(small_is2re: Path, tmp_path: Path, no_plots: None) -> None:
     """EMA, clipping, fitted references, bfloat16, early evaluation and checkpoints, TensorBoard."""
-    folder = _run(
-        small_is2re,
-        tmp_path,
-        "settings",
-        "--amp",
-        "--optim.ema_decay=0.9",
-        "--optim.clip_grad_norm=1.0",
-        "--outputs.energy={normalizer: fit, element_references: fit}",
-        "--optim.eval_every=2",
-        "--optim.checkpoint_every=2",
-        "--optim.keep_checkpoints=1",
-        "--logger=tensorboard",
-        "--frames.method=data_augmentation",
-        "--optim.max_epochs=2",
-    )
+    settings = "ema_decay=0.9 clip_grad_norm=1.0 eval_every=2 checkpoint_every=2 keep_checkpoints=1 max_epochs=2"
+    overrides = [f"--optim.{setting}" for setting in settings.split()]
+    overrides += ["--outputs.energy={normalizer: fit, element_references: fit}", "--amp", "--logger=tensorboard"]
+    folder = _run(small_is2re, tmp_path, "settings", *overrides, "--frames.method=data_augmentation")
     state = load_checkpoint(folder / "checkpoints" / "last.pt")
     assert state["ema"] is not None
     assert state["tasks"]["energy"]["element_references"] is not None
     assert len(list((folder / "checkpoints").glob("step_*.pt"))) == 1
     assert list((folder / "logs" / "tensorboard").iterdir())
-    records = [json.loads(line) for line in (folder / "logs" / "metrics.jsonl").read_text().splitlines()]
+    records = processes.records(folder)
     assert [r["step"] for r in records if "val_id/energy_mae" in r] == [2, 3, 4, 6]
     assert all("train/grad_norm" in r for r in records if "train/loss" in r)
 
 
-def test_wandb_offline(small_is2re: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_offline(small_is2re: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_plots: None) -> None:
     monkeypatch.setenv("WANDB_SILENT", "true")
-    folder = _run(
-        small_is2re, tmp_path, "w", "--logger={name: wandb, project: test, mode: offline}", "--optim.max_epochs=1"
-    )
+    logger = "--logger={name: wandb, project: test, mode: offline}"
+    folder = _run(small_is2re, tmp_path, "w", logger, "--optim.max_epochs=1")
     assert list((folder / "logs" / "wandb").glob("offline-run-*"))
 
 
@@ -222,12 +214,15 @@ def test_wandb_offline(small_is2re: Path, tmp_path: Path, monkeypatch: pytest.Mo
         (["--evaluation_metrics.metrics={energy: [mael]}"], "unknown metric 'energy_mael'; did you mean energy_mae?"),
         (["--mode", "validate"], "--checkpoint: --mode validate needs the weights to use"),
         (["--checkpoint", "gone.pt"], "gone.pt: there is no such file"),
+        (["--mode", "check", "--submit"], "--mode check: reads the data of one configuration, here"),
+        (["--mode", "benchmark"], "--config: has no meaning with --mode benchmark"),
+        (["--dry-run"], "--dry-run: says what --submit would do"),
     ],
 )
 def test_mistakes_end_before_any_work(
     arguments: list[str], message: str, small_is2re: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    assert main([*_small(arguments), f"--dataset.root={small_is2re}", "--run-dir", str(tmp_path)]) == 2
+    assert main(_arguments(small_is2re, tmp_path, "x", *arguments)) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
@@ -237,47 +232,37 @@ def test_without_config(capsys: pytest.CaptureFixture) -> None:
     assert "--config: missing" in capsys.readouterr().err
 
 
-def test_two_ranks_equal_one(trained: Path, small_is2re: Path, tmp_path: Path) -> None:
-    arguments = [*_small(), f"--dataset.root={small_is2re}", "--run-dir", str(tmp_path), "--identifier", "two"]
-    process = _process([*arguments, "--num-gpus", "2"])
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output[-3000:]
-    assert output.rstrip().splitlines()[-1] == f"results: {tmp_path / 'two'}"
-    assert _losses(tmp_path / "two") == pytest.approx(_losses(trained), rel=2e-4)
-    one, two = (json.loads((f / "results" / "metrics.json").read_text()) for f in (trained, tmp_path / "two"))
-    for split, metrics in one["splits"].items():
-        assert two["splits"][split]["num_systems"] == metrics["num_systems"]
-        assert two["splits"][split]["energy_mae"] == pytest.approx(metrics["energy_mae"], abs=2e-3)
+def test_a_misspelt_key_is_told_at_once() -> None:
+    """Before torch and fairchem are imported, which takes seconds."""
+    arguments = ["--config", "configs/is2re/faenet.yml", "--optim.lr_inital=1"]
+    code = f"""if True:
+        import sys
+        from faenet_ocp.launch.cli import main
+        assert main({arguments}) == 2
+        assert not {{"torch", "fairchem"}} & set(sys.modules)
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert "did you mean lr_initial?" in done.stderr
 
 
-def test_validation_is_the_same_on_two_ranks(trained: Path, tmp_path: Path) -> None:
-    checkpoint = str(trained / "checkpoints" / "best.pt")
-    arguments = ["--mode", "validate", "--checkpoint", checkpoint, "--run-dir", str(tmp_path), "--identifier", "two"]
-    process = _process([*arguments, "--num-gpus", "2"])
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output[-3000:]
-    one, two = (json.loads((f / "results" / "metrics.json").read_text()) for f in (trained, tmp_path / "two"))
-    for split, metrics in one["splits"].items():
-        for name, value in metrics.items():
-            assert two["splits"][split][name] == pytest.approx(value, rel=1e-6, abs=1e-6)
-
-
-def test_a_killed_run_goes_on_to_the_same_weights(small_is2re: Path, tmp_path: Path) -> None:
-    """SIGKILL in the middle of an epoch; the same command again ends bit for bit where an unbroken run does."""
-    extra = ["--optim.checkpoint_every=2", "--optim.max_epochs=40", "--optim.eval_every_epochs=50"]
-    unbroken = _run(small_is2re, tmp_path, "unbroken", *extra)
-    arguments = [*_small(extra), f"--dataset.root={small_is2re}", "--run-dir", str(tmp_path), "--identifier", "killed"]
-    process = _process(arguments)
-    deadline = time.monotonic() + 200
-    checkpoints = tmp_path / "killed" / "checkpoints"
-    while time.monotonic() < deadline and not list(checkpoints.glob("step_*.pt")):
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    reached = max(int(re.findall(r"\d+", path.name)[0]) for path in checkpoints.glob("step_*.pt"))
-    assert 0 < reached < 120
-    killed = _run(small_is2re, tmp_path, "killed", *extra)
-    one, two = (load_checkpoint(folder / "checkpoints" / "last.pt") for folder in (unbroken, killed))
-    for name, weight in one["model"].items():
-        assert torch.equal(weight, two["model"][name]), name
-    assert _losses(killed) == _losses(unbroken)
+def test_check_reads_every_record_and_lists_the_unusable(
+    small_is2re: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    arguments = [*_arguments(small_is2re, tmp_path / "runs", "c"), "--mode", "check"]
+    assert main(arguments) == 0
+    assert "train, val_id, val_ood_ads, val_ood_cat, val_ood_both: no unusable records" in capsys.readouterr().out
+    path = tmp_path / "test.lmdb"
+    good = [small_data.dump_record(small_data.make_fields(index)) for index in range(3)]
+    unlabelled = small_data.make_fields(1)
+    del unlabelled["y_relaxed"]
+    small_data.write_lmdb(path, [good[0], small_data.dump_record(unlabelled), good[2][:-50], pickle.dumps(None)])
+    for workers in (0, 2):
+        tests = [f"--dataset.test={{t: {{src: {path}}}}}", f"--optim.num_workers={workers}"]
+        assert main([*arguments, *tests]) == 2
+        lines = capsys.readouterr().out.splitlines()
+        assert [line.partition(f"test t: {path}: record ")[2][:1] for line in lines] == ["2", "3", ""]
+        assert lines[-1].endswith("test t: 2 unusable records")
+    assert main([*arguments, f"--dataset.train.src={path}"]) == 2  # labels are wanted of training data
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(f"train: {path}: record ")[2][:1] for line in lines] == ["1", "2", "3", ""]
+    assert not (tmp_path / "runs").exists()

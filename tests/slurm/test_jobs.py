@@ -97,7 +97,7 @@ def test_a_sweep_is_an_array(cluster: Cluster) -> None:
     output = run_cli("--config", str(config), "--sweep-yml", str(sweep), "--submit")
     jobs = cluster.found(output)
     assert [job.folder.name for job in jobs] == ["grid_run0", "grid_run1"]
-    assert {job.id.partition("_")[0] for job in jobs} == {re.search(r"as job (\d+) ", output)[1]}
+    assert len({job.id.partition("_")[0] for job in jobs}) == 1
     for job in jobs:
         job.wait_for_state("COMPLETED")
     for job, rate in zip(jobs, (1e-3, 3e-3), strict=True):
@@ -137,12 +137,6 @@ def test_what_slurm_refuses_is_told(
     assert faenet_ocp.launch.cli.main(["--config", str(config), "--submit", *arguments]) == 2
     assert message in capsys.readouterr().err
     assert not _queue()
-
-
-def test_a_job_that_no_node_can_run_is_told(cluster: Cluster, caplog: pytest.LogCaptureFixture) -> None:
-    job = cluster.submit("impossible", "--slurm-cpus", "5000")
-    assert f"job {job.id} waits, and SLURM's reason is PartitionConfig" in caplog.text
-    assert job.show("JobState") == "PENDING"
 
 
 def test_one_run_is_one_job(cluster: Cluster, capsys: pytest.CaptureFixture) -> None:

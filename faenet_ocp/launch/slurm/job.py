@@ -38,7 +38,7 @@ class OCPProgram(SlurmSPMDProgram):
 
     fairchem and submitit act on SIGUSR2 in a signal handler: it can only point at a checkpoint that exists already,
     breaks off what the main thread does, is run by forked loader workers too, and fails before there is a runner.
-    Here the signals stay blocked, from `slurm_start.py` on, and a thread waits for them.
+    Here the signals stay blocked, from `start.py` on, and a thread waits for them.
     """
 
     def __call__(self, dict_config: DictConfig, run_type: RunType = RunType.RUN) -> None:

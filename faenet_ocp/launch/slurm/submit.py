@@ -1,10 +1,9 @@
-"""Handing runs to SLURM: what is asked for, a dry run, the submission and what is said about it.
+"""Handing runs to SLURM: what is asked for, a dry run, the submission.
 
 fairchem runs a job through submitit; this module fills in fairchem's scheduler section and submitit's parameters and
-adds what `slurm_job.py` and `slurm_start.py` do on each rank. A job's own files lie in `<run>/slurm/`.
+adds what `job.py` and `start.py` do on each rank. A job's own files lie in `<run>/slurm/`.
 """
 
-import logging
 import os
 import re
 import shlex
@@ -13,8 +12,7 @@ import site
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,21 +26,20 @@ from faenet_ocp.launch.slurm.job import OCPProgram
 SIGNAL_DELAY = 120
 """Seconds before the time limit at which SLURM sends SIGUSR2 (it may be a minute early)."""
 _JOBS = "jobs.txt"
-_WAITING = ("Resources", "Priority", "BeginTime", "Dependency", "JobArrayTaskLimit")
-"""Reasons for which any job may wait; another one may last for ever."""
+"""In a run's `slurm/`: the ids of its jobs."""
 
 
-def scheduler_section(config: Config) -> dict[str, Any]:
-    """fairchem's `job.scheduler`; times and memory are rounded up there, and exact in the job's script."""
+def for_slurm(job_and_runner: dict[str, Any], config: Config) -> dict[str, Any]:
+    """What a trainer built, with SLURM as the scheduler; times and memory are rounded up here, not in the script."""
     asked, job = config.slurm, config.job
-    return {
+    scheduler = {
         "mode": "SLURM",
         "distributed_init_method": asked.rendezvous.upper(),
         "ranks_per_node": job.num_gpus,
         "num_nodes": job.num_nodes,
         "slurm": {
             "mem_gb": -int(-asked.mem_gb // 1),
-            "timeout_hr": -(-asked.minutes // 60),
+            "timeout_hr": -(-minutes_of(asked.time) // 60),
             "cpus_per_task": asked.cpus_per_task,
             "partition": asked.partition,
             "qos": asked.qos,
@@ -50,11 +47,7 @@ def scheduler_section(config: Config) -> dict[str, Any]:
             "additional_parameters": dict(asked.additional_parameters) or None,
         },
     }
-
-
-def for_slurm(job_and_runner: dict[str, Any], config: Config) -> dict[str, Any]:
-    """What a trainer built, with SLURM as the scheduler."""
-    return {**job_and_runner, "job": {**job_and_runner["job"], "scheduler": scheduler_section(config)}}
+    return {**job_and_runner, "job": {**job_and_runner["job"], "scheduler": scheduler}}
 
 
 def check_same_request(first: Config, other: Config) -> None:
@@ -90,7 +83,7 @@ class Submission:
             "partition": asked.partition,
             "account": asked.account,
             "qos": asked.qos,
-            "time": asked.minutes,
+            "time": minutes_of(asked.time),
             "mem": f"{round(asked.mem_gb * 1024)}M",
             "cpus_per_task": asked.cpus_per_task,
             "nodes": job.num_nodes,
@@ -109,15 +102,15 @@ class Submission:
         _check(parameters, folder)
         self.executor.update_parameters(**{key: value for key, value in parameters.items() if value is not None})
 
-    def script(self, count: int) -> str:
+    def script(self, count: int = 1) -> str:
         """The script that sbatch gets for this many runs."""
         return self.executor.script(count)
 
-    def submit(self, jobs: Sequence[DictConfig]) -> list[str]:
+    def submit(self, runs: Mapping[Path, DictConfig]) -> list[str]:
         """Submits the runs, as an array if there are several.
 
         Args:
-            jobs: fairchem's configuration of each run.
+            runs: fairchem's configuration of each run, by the run's folder.
 
         Returns:
             each run's job id.
@@ -134,10 +127,17 @@ class Submission:
             )
         try:
             with self.executor.batch():
-                submitted = [self.executor.submit(OCPProgram(), job) for job in jobs]
+                submitted = [self.executor.submit(OCPProgram(), job) for job in runs.values()]
         except (FailedJobError, FailedSubmissionError, OSError) as error:
-            raise ValueError(f"--submit: SLURM does not take the job: {error}{self._hint(str(error))}") from error
-        return [str(job.job_id) for job in submitted]
+            no_gpus = "generic resource" in str(error) and not self.config.job.cpu
+            hint = " (GPUs are asked for; --cpu asks for none)" if no_gpus else ""
+            raise ValueError(f"--submit: SLURM does not take the job: {error}{hint}") from error
+        jobs = [str(job.job_id) for job in submitted]
+        for run, job in zip(runs, jobs, strict=True):
+            (run / "slurm").mkdir(exist_ok=True)
+            with (run / "slurm" / _JOBS).open("a", encoding="utf-8") as file:
+                file.write(f"{job}\n")
+        return jobs
 
     def log(self, job: str) -> Path:
         """Where the first rank of a job writes."""
@@ -153,72 +153,37 @@ class Submission:
             done = subprocess.run(["sbatch", "--test-only", file.name], capture_output=True, text=True, check=False)
         return (done.stdout + done.stderr).strip()
 
-    def _hint(self, message: str) -> str:
-        if "generic resource" in message and not self.config.job.cpu:
-            return " (GPUs are asked for; --cpu asks for none)"
-        return ""
 
-
-def active_jobs(folder: Path) -> list[str]:
-    """Jobs of a run that are in the queue now, running or waiting; `folder` is the run's."""
-    path = folder / "slurm" / _JOBS
+def active_jobs(run: Path) -> list[str]:
+    """Jobs of a run that are in the queue now, running or waiting."""
+    path = run / "slurm" / _JOBS
     if not path.is_file() or shutil.which("squeue") is None:
         return []
-    return [job for job in path.read_text().split() if _squeue(job)]
+
+    def queued(job: str) -> bool:
+        command = ["squeue", "--noheader", f"--jobs={job}"]  # prints nothing for a job that is not known any more
+        return bool(subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip())
+
+    return [job for job in path.read_text().split() if queued(job)]
 
 
-def note_job(folder: Path, job: str) -> None:
-    """Remembers a run's job, for `active_jobs`."""
-    path = folder / "slurm" / _JOBS
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(f"{job}\n")
+def minutes_of(time: str) -> int:
+    """Minutes, rounded up, of a time limit: submitit needs them to tell the limit's end from preemption.
 
-
-def describe(submission: Submission, runs: Mapping[Path, Mapping[str, Any]]) -> str:
-    """What a dry run prints: the script, the runs' folders and values, and what SLURM says to it."""
-    lines = [f"would submit {_count(len(runs))} as {submission.name}:", "", submission.script(len(runs)), ""]
-    lines += [f"run folder: {folder}" + (f"  {dict(values)}" if values else "") for folder, values in runs.items()]
-    if answer := submission.test(len(runs)):
-        lines.append(f"SLURM says: {answer}")
-    return "\n".join([*lines, "nothing was submitted", ""])
-
-
-def report(submission: Submission, jobs: Mapping[Path, str]) -> str:
-    """What is printed after a submission: ids, folders, logs and the commands to follow and to end the jobs."""
-    main = next(iter(jobs.values())).partition("_")[0]
-    lines = [f"submitted {_count(len(jobs))} as job {main} ({submission.name})"]
-    for folder, job in jobs.items():
-        lines += [f"job {job}", f"  run folder: {folder}", f"  follow: tail -F {shlex.quote(str(submission.log(job)))}"]
-    return "\n".join([*lines, f"queue: squeue -j {main}", f"cancel: scancel {main}", ""])
-
-
-def warn_of_wait(job: str, *, seconds: float = 8.0) -> None:
-    """Looks for some seconds at a new job, and warns if it waits for another reason than that others come first."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        done = _squeue(job, "--format=%T|%r")
-        state, _, reason = (done.splitlines() or [""])[0].partition("|")
-        if state != "PENDING" or reason in _WAITING:
-            return
-        if reason not in ("None", ""):
-            logging.warning(
-                "job %s waits, and SLURM's reason is %s: perhaps no node can ever give what it asks for (scontrol show "
-                "job %s; scancel %s)",
-                *(job, reason, job, job),
-            )
-            return
-        time.sleep(0.5)
-
-
-def _squeue(job: str, *options: str) -> str:
-    """SLURM's answer; empty for a job that it does not know (any more)."""
-    command = ["squeue", "--noheader", f"--jobs={job}", *options]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-
-
-def _count(number: int) -> str:
-    return "one run" if number == 1 else f"{number} runs"
+    Raises:
+        ValueError: none of SLURM's formats, or no time at all.
+    """
+    if not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", time):
+        formats = "M, M:S, H:M:S, D-H, D-H:M and D-H:M:S"
+        raise ValueError(f"slurm.time: {time!r} is not a time limit; SLURM's formats are {formats}")
+    days, _, rest = time.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if not days and len(parts) < 3:
+        parts = [0, *parts]  # without days, one or two numbers begin with the minutes
+    seconds = int(days or 0) * 86_400 + sum(part * unit for part, unit in zip(parts, (3600, 60, 1), strict=False))
+    if seconds == 0:
+        raise ValueError(f"slurm.time: {time!r} is no time at all")
+    return -(-seconds // 60)
 
 
 class _Executor(SlurmExecutor):
