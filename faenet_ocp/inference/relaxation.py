@@ -18,10 +18,12 @@ from ase.io.trajectory import TrajectoryWriter
 from ase.optimize import LBFGS
 from numpy.typing import NDArray
 
-from faenet_ocp.inference.calculator import Prediction, fixed_atoms
+from faenet_ocp.common.files import TEMPORARY_SUFFIX, publish
+from faenet_ocp.data.atoms import fixed_atoms
+from faenet_ocp.inference.predictor import Prediction
 
 Evaluate = Callable[[Sequence[Atoms]], Sequence[Prediction]]
-"""Energies and forces of several structures, e.g. a `calculator.Predictor`."""
+"""Energies and forces of several structures, e.g. a `predictor.Predictor`."""
 
 _MEMORY = 50
 
@@ -108,7 +110,7 @@ class _Relaxation:
         if trajectories is not None:
             trajectories.mkdir(parents=True, exist_ok=True)
             self.final_name = trajectories / f"{index}.traj"
-            self.temporary = trajectories / f".{index}.tmp"
+            self.temporary = trajectories / f".{index}.traj{TEMPORARY_SUFFIX}"
             self.trajectory = TrajectoryWriter(str(self.temporary), "w")
 
     def _new_optimizer(self) -> LBFGS:
@@ -157,7 +159,7 @@ class _Relaxation:
     def finish(self, status: str) -> Relaxed:
         if self.trajectory is not None:
             self.trajectory.close()
-            self.temporary.replace(self.final_name)
+            publish(self.temporary, self.final_name)
         return Relaxed(
             index=self.index,
             atoms=self.atoms,

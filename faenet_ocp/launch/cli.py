@@ -1,6 +1,7 @@
 """The command line: `python main.py --config ...` and `faenet-ocp --config ...`."""
 
 import argparse
+import importlib
 import logging
 import os
 import re
@@ -52,7 +53,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--mode",
         choices=("train", "validate", "predict", "benchmark"),
         default="train",
-        help="benchmark takes other arguments, those of scripts/benchmark.py",
+        help="benchmark takes other arguments, those of python -m faenet_ocp.benchmark",
     )
     add("--checkpoint", metavar="PT", help="weights to validate or predict with, or to begin training with")
     job = parser.add_argument_group("run", "each of these is also a key of the section job:")
@@ -110,9 +111,7 @@ def _benchmark(flags: argparse.Namespace, arguments: Sequence[str]) -> int:
     given = [name for name, value in vars(flags).items() if value != defaults[name]]
     if given:
         raise ValueError(f"--{given[0].replace('_', '-')}: has no meaning with --mode benchmark")
-    from faenet_ocp.benchmark import command
-
-    command.main(arguments)
+    importlib.import_module("faenet_ocp.benchmark.__main__").main(arguments)  # by name: no part of a run
     return 0
 
 

@@ -23,7 +23,9 @@ from faenet_ocp.config.schema import SourceConfig
 from faenet_ocp.data.loader import collate
 from faenet_ocp.data.oc20 import OC20LmdbDataset
 from faenet_ocp.evaluation.validation import run_split
-from faenet_ocp.inference.calculator import FAENetCalculator, Predictor, atoms_to_data
+from faenet_ocp.data.atoms import atoms_to_data
+from faenet_ocp.inference.calculator import FAENetCalculator
+from faenet_ocp.inference.predictor import Predictor
 from faenet_ocp.launch.cli import main
 
 SPLITS = {"is2re": "is2re/all/val_id", "s2ef": "s2ef/all/val_id"}

@@ -22,7 +22,8 @@ import small_data
 import small_runs
 from faenet_ocp.checkpoint import load_checkpoint
 from faenet_ocp.inference import relaxation_run
-from faenet_ocp.inference.calculator import FAENetCalculator, Prediction, Predictor
+from faenet_ocp.inference.calculator import FAENetCalculator
+from faenet_ocp.inference.predictor import Prediction, Predictor
 from faenet_ocp.inference.relaxation import Relaxed, relax
 from faenet_ocp.inference.relaxation_run import (
     average_distance_within_threshold,
