@@ -1,13 +1,13 @@
 """THE table of what can be predicted; a new target is a row of it.
 
-Heads, losses, averaging over frames, metrics, columns of tables, normalisers, predictions and the calculator follow
-from a target's level (one value for each system, or for each atom) and rank (0: scalar, the mean over the frames is
-taken; 1: vector, rotated back before). Any other scalar of systems can be predicted if the configuration declares its
-unit (`outputs: {gap: {unit: eV}}`): `resolve`.
+Heads, losses, averaging over frames, metrics, columns of tables, plots, normalisers, predictions and the calculator
+follow from a target's level (one value for each system, or for each atom) and rank (0: scalar, the mean over the frames
+is taken; 1: vector, rotated back before). Any other scalar of systems can be predicted if the configuration declares
+its unit (`outputs: {gap: {unit: eV}}`): `resolve`.
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,12 +21,36 @@ class Metric:
     Attributes:
         name: key in results, logs and `primary_metric`.
         unit: of its values; "%" and "1" for shares and cosines.
+        title: in tables and plots; empty: it is in the results only.
         higher_is_better: direction.
+        digits: decimals in tables.
+        milli: tables and plots show thousandths of the unit.
     """
 
     name: str
     unit: str
+    title: str = ""
     higher_is_better: bool = False
+    digits: int = 4
+    milli: bool = False
+
+    @property
+    def scale(self) -> float:
+        """What tables and plots multiply values by."""
+        return 1e3 if self.milli else 1.0
+
+    @property
+    def header(self) -> str:
+        """Title and unit."""
+        if self.unit in ("%", "1"):
+            return self.title
+        return f"{self.title} [{'m' if self.milli else ''}{self.unit}]"
+
+    def text(self, value: float | None) -> str:
+        """A value as tables show it; "-" where there is none."""
+        if value is None:
+            return "-"
+        return f"{value * self.scale:.{self.digits}f}{'%' if self.unit == '%' else ''}"
 
 
 @dataclass(frozen=True)
@@ -38,7 +62,7 @@ class Target:
         level: "system", shape (B, dimension), or "atom", (N, dimension).
         rank: 0 scalar (without the axis of the dimension), 1 vector.
         unit: physical unit of labels and predictions.
-        metrics: computed by ``evaluation.metrics``.
+        metrics: computed by ``evaluation.metrics``; the first is the one that learning curves show.
         threshold: largest error that counts as a hit, in `unit`; None: there is no such metric.
         extensive: grows with the system, so that element references make sense.
         aliases: names that the label has had in OC20's files, besides those of `dataset.key_mapping`.
@@ -58,6 +82,11 @@ class Target:
         """Numbers for each system or atom."""
         return 3 if self.rank else 1
 
+    @property
+    def has_statistics(self) -> bool:
+        """Whether training labels are summed up for baselines and fitted normalisers: scalars of systems."""
+        return self.level == "system" and self.rank == 0
+
 
 def scalar(name: str, unit: str) -> Target:
     """A scalar of systems that has no row of its own."""
@@ -66,7 +95,10 @@ def scalar(name: str, unit: str) -> Target:
         level="system",
         rank=0,
         unit=unit,
-        metrics=(Metric(f"{name}_mae", unit), Metric(f"{name}_mse", f"{unit}^2")),
+        metrics=(
+            Metric(f"{name}_mae", unit, title=f"{name} MAE"),
+            Metric(f"{name}_mse", f"{unit}^2", title=f"{name} MSE"),
+        ),
         aliases=(name,),
     )
 
@@ -78,9 +110,9 @@ TARGETS: dict[str, Target] = {
         rank=0,
         unit="eV",
         metrics=(
-            Metric("energy_mae", "eV"),
+            Metric("energy_mae", "eV", title="Energy MAE"),
             Metric("energy_mse", "eV^2"),
-            Metric("energy_within_threshold", "%", higher_is_better=True),
+            Metric("energy_within_threshold", "%", title="EwT", higher_is_better=True, digits=2),
         ),
         threshold=0.02,
         extensive=True,
@@ -92,10 +124,10 @@ TARGETS: dict[str, Target] = {
         rank=1,
         unit="eV/A",
         metrics=(
-            Metric("forces_mae", "eV/A"),
-            Metric("forces_cosine_similarity", "1", higher_is_better=True),
-            Metric("forces_magnitude_error", "eV/A"),
-            Metric("energy_forces_within_threshold", "%", higher_is_better=True),
+            Metric("forces_mae", "eV/A", title="Force MAE", digits=1, milli=True),
+            Metric("forces_cosine_similarity", "1", title="Force cosine", higher_is_better=True, digits=3),
+            Metric("forces_magnitude_error", "eV/A", title="Magnitude error", digits=1, milli=True),
+            Metric("energy_forces_within_threshold", "%", title="EFwT", higher_is_better=True, digits=2),
         ),
         threshold=0.03,
         aliases=("forces", "force"),
@@ -137,3 +169,11 @@ def resolve(name: str, *, level: str | None = None, unit: str | None = None) -> 
 def metrics_of(targets: Iterable[Target]) -> dict[str, Metric]:
     """All metrics of some targets by name, in their order."""
     return {metric.name: metric for target in targets for metric in target.metrics}
+
+
+def targets_of(units: Mapping[str, str]) -> list[Target]:
+    """The targets whose metrics have these units, by name of the metric: the inverse of `metrics_of` for results."""
+    rows = [row for row in TARGETS.values() if row.metrics[0].name in units]
+    known = metrics_of(rows)
+    declared = [name.removesuffix("_mae") for name in units if name not in known and name.endswith("_mae")]
+    return rows + [scalar(name, units[f"{name}_mae"]) for name in declared]

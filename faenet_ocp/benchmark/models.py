@@ -85,7 +85,7 @@ def faenet(
     raw["model"]["graph_norm"] = graph_norm
     raw["frames"] = frames or {"method": "none"}
     config = build_config(raw)
-    model, tasks = build.make_model(config), make_tasks(config, None)
+    model, tasks = build.make_model(config), make_tasks(config, {})
 
     def predict(batch: AtomicData) -> Outputs:
         outputs = conservative_outputs(model, tasks, batch.clone()) if conservative else model(batch)

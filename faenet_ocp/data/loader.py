@@ -7,7 +7,7 @@ ranks, and so is each of its micro-batches; ranks share them as evenly as possib
 
 import gc
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Self
 
@@ -232,7 +232,7 @@ class Loader(DataLoader):
 
 def make_loader(
     dataset: Dataset,
-    batch_sampler: Sampler[list[Key]],
+    batch_sampler: Iterable[list[Key]],
     *,
     num_workers: int,
     num_chunks: int = 1,

@@ -1,14 +1,13 @@
 """Parity plots of predictions and learning curves of a run, as PNG.
 
-Drawn with matplotlib's object interface (no pyplot, no global figure). The metrics log of a run is
-JSON lines, see `read_metrics_log`.
+Drawn with matplotlib's object interface (no pyplot, no global figure).
 """
 
+import io
 import json
 import logging
 import math
-import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,96 +17,75 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, StrMethodFormatter
-from torch import Tensor
 
-from faenet_ocp.evaluation.metrics import SPLITS, Array
+from faenet_ocp.common.files import write_bytes
+from faenet_ocp.evaluation.log_names import LEARNING_RATE, LOSS, split_of
+from faenet_ocp.evaluation.results import SPLITS
+from faenet_ocp.targets import Target
 
 logger = logging.getLogger(__name__)
 
-_UNITS = {"energy": "eV", "forces": "eV/A"}
-_NOUNS = {"energy": ("energy", "systems"), "forces": ("force components", "components")}
 _MAX_SCATTER = 3000  # more points than this are drawn as counts in hexagons
 _GREY, _GRID = "0.45", "0.9"
 
+_Points = tuple[np.ndarray, np.ndarray]
+_Draw = Callable[[Axes, str, np.ndarray, np.ndarray], None]
 
-def plot_parity(
-    splits: Mapping[str, tuple[Array, Array]],
-    path: str | Path,
-    *,
-    dataset: str,
-    quantity: str = "energy",
-) -> Path:
+
+def plot_parity(splits: Mapping[str, _Points], path: Path, *, dataset: str, target: Target) -> Path:
     """Prediction against label, one panel a split, all panels on the same axes.
 
     Args:
-        splits: split name to (prediction, target): energies (B,), or forces (M, 3) of free atoms,
-            whose components are the points.
+        splits: split name to (prediction, label): scalars (B,), or vectors (M, 3), whose components are the points.
         path: PNG to write (atomically).
         dataset: what data it is; heads the figure.
-        quantity: energy or forces.
+        target: what is predicted.
 
     Raises:
-        ValueError: unknown quantity, no split, shapes that differ, an empty split or values that
-            are not finite.
+        ValueError: an empty split or values that are not finite.
     """
-    if quantity not in _UNITS:
-        raise ValueError(f"quantity must be one of {sorted(_UNITS)}, got {quantity!r}")
-    points = {name: _flat_pair(name, pred, target) for name, (pred, target) in splits.items()}
-    if not points:
-        raise ValueError("a parity plot needs at least one split")
-    low = min(float(min(pred.min(), target.min())) for pred, target in points.values())
-    high = max(float(max(pred.max(), target.max())) for pred, target in points.values())
+    points = {name: _flat_pair(name, *pair) for name, pair in splits.items()}
+    low = min(float(min(pred.min(), label.min())) for pred, label in points.values())
+    high = max(float(max(pred.max(), label.max())) for pred, label in points.values())
     margin = 0.04 * (high - low) or 1.0
     limits = (low - margin, high + margin)
     columns = min(len(points), 2)
     lines = math.ceil(len(points) / columns)
     figure = Figure(figsize=(4.4 * columns + 0.8, 4.3 * lines + 0.7), layout="constrained")
-    noun, count = _NOUNS[quantity]
-    figure.suptitle(f"{dataset}\n{noun}, prediction against label", size=11)
+    count = "components" if target.rank else "systems"
+    figure.suptitle(f"{dataset}\n{target.name}, prediction against label", size=11)
     axes = figure.subplots(lines, columns, squeeze=False).flatten()
-    for ax, (name, (pred, target)) in zip(axes, points.items(), strict=False):
-        mae = float(np.abs(pred - target).mean())
-        ax.set_title(f"{name}: MAE {mae:#.3g} {_UNITS[quantity]}, {len(pred):,} {count}", size=9)
-        ax.set_xlabel(f"label [{_UNITS[quantity]}]")
-        ax.set_ylabel(f"prediction [{_UNITS[quantity]}]")
+    for ax, (name, (pred, label)) in zip(axes, points.items(), strict=False):
+        mae = float(np.abs(pred - label).mean())
+        ax.set_title(f"{name}: MAE {mae:#.3g} {target.unit}, {len(pred):,} {count}", size=9)
+        ax.set_xlabel(f"label [{target.unit}]")
+        ax.set_ylabel(f"prediction [{target.unit}]")
     for ax in axes[len(points) :]:
         ax.set_axis_off()
     _draw_points(figure, list(axes[: len(points)]), list(points.values()), limits)
     return _save(figure, path)
 
 
-def _flat_pair(name: str, pred: Array, target: Array) -> tuple[np.ndarray, np.ndarray]:
-    first, second = (
-        np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values, dtype=float)
-        for values in (pred, target)
-    )
-    if first.shape != second.shape or first.size == 0:
-        raise ValueError(
-            f"split {name!r}: prediction and target must have the same shape and not be empty, "
-            f"got {first.shape} and {second.shape}"
-        )
-    bad = int((~np.isfinite(first) | ~np.isfinite(second)).sum())
+def _flat_pair(name: str, pred: np.ndarray, label: np.ndarray) -> _Points:
+    if pred.size == 0:
+        raise ValueError(f"split {name!r}: nothing to plot")
+    bad = int((~np.isfinite(pred) | ~np.isfinite(label)).sum())
     if bad:
-        raise ValueError(f"split {name!r}: {bad} of {first.size} points are not finite")
-    return first.ravel(), second.ravel()
+        raise ValueError(f"split {name!r}: {bad} of {pred.size} points are not finite")
+    return pred.ravel(), label.ravel()
 
 
-def _draw_points(
-    figure: Figure,
-    axes: list[Axes],
-    points: list[tuple[np.ndarray, np.ndarray]],
-    limits: tuple[float, float],
-) -> None:
+def _draw_points(figure: Figure, axes: list[Axes], points: list[_Points], limits: tuple[float, float]) -> None:
     """Dots, or in all panels hexagons with one colour scale when any panel has too many points."""
     dense = max(len(pred) for pred, _ in points) > _MAX_SCATTER
     cells = []
-    for ax, (pred, target) in zip(axes, points, strict=True):
+    for ax, (pred, label) in zip(axes, points, strict=True):
         ax.plot(limits, limits, color=_GREY, linewidth=1, linestyle="--", zorder=3)
         if dense:
             extent = (*limits, *limits)
-            cells.append(ax.hexbin(target, pred, gridsize=60, extent=extent, mincnt=1, linewidths=0.1))
+            cells.append(ax.hexbin(label, pred, gridsize=60, extent=extent, mincnt=1, linewidths=0.1))
         else:
-            ax.scatter(target, pred, s=14, alpha=0.5, linewidths=0)
+            ax.scatter(label, pred, s=14, alpha=0.5, linewidths=0)
         ax.set(xlim=limits, ylim=limits, aspect="equal")
         ax.xaxis.set_major_locator(MaxNLocator(6))
         ax.yaxis.set_major_locator(MaxNLocator(6))
@@ -120,17 +98,52 @@ def _draw_points(
         figure.colorbar(cells[0], ax=axes, label="points per cell", shrink=0.6, aspect=30)
 
 
-def read_metrics_log(path: str | Path) -> list[dict[str, Any]]:
-    """Records of a JSON-lines metrics log: one object a line, with ``step`` and any metrics.
+def plot_learning_curve(log: Path, path: Path, *, dataset: str, targets: Sequence[Target]) -> Path:
+    """Training loss, validation errors and learning rate over steps, from the log of a run.
 
-    Known keys: ``step``, ``epoch``, ``train/loss``, ``lr``, ``<split>/<metric>``. Lines that do not
-    decode (a killed writer leaves one) are skipped with a warning that counts them.
+    Panels without records are left out. A step that was logged twice (a resumed run) counts as logged last.
+
+    Args:
+        log: `metrics.jsonl`, see `log_names`.
+        path: PNG to write (atomically).
+        dataset: what data it is; heads the figure.
+        targets: whose first metric is shown, a curve for each split.
 
     Raises:
-        FileNotFoundError: no such file.
+        ValueError: the log holds none of the known series; names the file.
     """
+    records = _read_log(log)
+    panels: list[tuple[str, dict[str, _Points], _Draw]] = []
+    panels.append(("training loss", _curves(records, {LOSS: "loss"}), _draw_loss))
+    for metric in (target.metrics[0] for target in targets):
+        panels.append((metric.header, _curves(records, _split_keys(records, metric.name), metric.scale), _draw_errors))
+    panels.append(("learning rate", _curves(records, {LEARNING_RATE: "last"}), _draw_learning_rate))
+    panels = [panel for panel in panels if panel[1]]
+    if not panels:
+        raise ValueError(f"{log}: no training loss, validation error or learning rate to plot")
+    figure = Figure(figsize=(9.0, 2.3 * len(panels) + 0.9), layout="constrained")
+    epochs = max((record["epoch"] for record in records if record.get("epoch")), default=None)
+    figure.suptitle(f"{dataset}: learning curve" + (f", {epochs:.4g} epochs" if epochs else ""), size=11)
+    axes = figure.subplots(len(panels), 1, squeeze=False, sharex=True).flatten()
+    for ax, (title, curves, draw) in zip(axes, panels, strict=True):
+        for label, curve in curves.items():
+            draw(ax, label, *curve)
+        if draw is not _draw_learning_rate:
+            _scale_axis(ax, curves)
+        ax.set_ylabel(title)
+        ax.grid(color=_GRID, linewidth=0.6, which="both")
+        ax.set_axisbelow(True)
+        ax.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.align_ylabels(axes)
+    axes[-1].set_xlabel("step")
+    axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    return _save(figure, path)
+
+
+def _read_log(path: Path) -> list[dict[str, Any]]:
+    """Records of a log; lines that do not decode (a killed writer leaves one) are left out with a warning."""
     records, skipped = [], 0
-    with Path(path).open(encoding="utf-8", errors="replace") as file:
+    with path.open(encoding="utf-8", errors="replace") as file:
         for line in filter(str.strip, file):
             try:
                 record = json.loads(line)
@@ -145,57 +158,14 @@ def read_metrics_log(path: str | Path) -> list[dict[str, Any]]:
     return records
 
 
-def plot_learning_curve(log: str | Path, path: str | Path, *, dataset: str) -> Path:
-    """Training loss, validation errors and learning rate over steps, from a metrics log.
-
-    Panels without records are left out. A step that was logged twice (a resumed run) counts as
-    logged last.
-
-    Args:
-        log: see `read_metrics_log`.
-        path: PNG to write (atomically).
-        dataset: what data it is; heads the figure.
-
-    Raises:
-        ValueError: the log holds none of the known series; names the file.
-    """
-    records = read_metrics_log(log)
-    panels = [
-        (title, curves)
-        for title, keys, scale in (
-            ("training loss", {"train/loss": "train"}, 1.0),
-            ("energy MAE [eV]", _split_keys(records, "energy_mae"), 1.0),
-            ("force MAE [meV/A]", _split_keys(records, "forces_mae"), 1e3),
-            ("learning rate", {"lr": "lr"}, 1.0),
-        )
-        if (curves := _curves(records, keys, scale))
-    ]
-    if not panels:
-        raise ValueError(f"{log}: no training loss, validation error or learning rate to plot")
-    figure = Figure(figsize=(9.0, 2.3 * len(panels) + 0.9), layout="constrained")
-    epochs = max((record["epoch"] for record in records if record.get("epoch")), default=None)
-    figure.suptitle(f"{dataset}: learning curve" + (f", {epochs:.4g} epochs" if epochs else ""), size=11)
-    axes = figure.subplots(len(panels), 1, squeeze=False, sharex=True).flatten()
-    for ax, (title, curves) in zip(axes, panels, strict=True):
-        _curve_panel(ax, title, curves)
-    figure.align_ylabels(axes)
-    axes[-1].set_xlabel("step")
-    axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
-    return _save(figure, path)
-
-
-_Curves = dict[str, tuple[np.ndarray, np.ndarray]]
-
-
 def _split_keys(records: Iterable[Mapping[str, Any]], metric: str) -> dict[str, str]:
-    """Log keys "<split>/<metric>" to split names, OC20's splits first and in their order."""
-    found = {key for record in records for key in record if key.endswith(f"/{metric}")}
-    order = [f"{split}/{metric}" for split in SPLITS]
-    keys = [key for key in order if key in found] + sorted(found.difference(order))
-    return {key: key.removesuffix(f"/{metric}") for key in keys}
+    """Names in the log to split names, OC20's splits first and in their order."""
+    found = {key: split for record in records for key in record if (split := split_of(key, metric)) is not None}
+    order = [*SPLITS, *sorted(set(found.values()) - set(SPLITS))]
+    return dict(sorted(found.items(), key=lambda item: order.index(item[1])))
 
 
-def _curves(records: Iterable[Mapping[str, Any]], keys: Mapping[str, str], scale: float) -> _Curves:
+def _curves(records: Iterable[Mapping[str, Any]], keys: Mapping[str, str], scale: float = 1.0) -> dict[str, _Points]:
     """Label to (steps, values), by step; values that are no finite numbers are left out."""
     curves = {}
     for key, label in keys.items():
@@ -210,29 +180,27 @@ def _curves(records: Iterable[Mapping[str, Any]], keys: Mapping[str, str], scale
     return curves
 
 
-def _curve_panel(ax: Axes, title: str, curves: _Curves) -> None:
-    for label, (steps, values) in curves.items():
-        if label == "train":
-            _draw_loss(ax, steps, values)
-        elif label == "lr":
-            ax.plot(steps, values, color=_GREY, label=f"last {values[-1]:.3g}")
-        else:
-            text = f"{label}\n last {values[-1]:.4g}, best {values.min():.4g}"
-            ax.plot(steps, values, marker="o", markersize=3, linewidth=1.2, label=text)
+def _scale_axis(ax: Axes, curves: Mapping[str, _Points]) -> None:
+    """Logarithmic where the values span more than a decade: below that log ticks are too few."""
     low = min(values.min() for _, values in curves.values())
     high = max(values.max() for _, values in curves.values())
-    if low > 0 and high / low > 10 and "lr" not in curves:  # below a decade log ticks are too few
+    if low > 0 and high / low > 10:
         ax.set_yscale("log")
         ax.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
         ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         ax.yaxis.set_minor_formatter(StrMethodFormatter("{x:g}"))
-    ax.set_ylabel(title)
-    ax.grid(color=_GRID, linewidth=0.6, which="both")
-    ax.set_axisbelow(True)
-    ax.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
-def _draw_loss(ax: Axes, steps: np.ndarray, values: np.ndarray) -> None:
+def _draw_errors(ax: Axes, label: str, steps: np.ndarray, values: np.ndarray) -> None:
+    text = f"{label}\n last {values[-1]:.4g}, best {values.min():.4g}"
+    ax.plot(steps, values, marker="o", markersize=3, linewidth=1.2, label=text)
+
+
+def _draw_learning_rate(ax: Axes, label: str, steps: np.ndarray, values: np.ndarray) -> None:
+    ax.plot(steps, values, color=_GREY, label=f"{label} {values[-1]:.3g}")
+
+
+def _draw_loss(ax: Axes, _label: str, steps: np.ndarray, values: np.ndarray) -> None:
     """The records in pale, their running mean over 2 % of them on top."""
     window = max(1, len(values) // 50)
     if window > 1:
@@ -242,11 +210,7 @@ def _draw_loss(ax: Axes, steps: np.ndarray, values: np.ndarray) -> None:
     ax.plot(steps[window - 1 :], mean, color="C0", linewidth=1.2, label=label)
 
 
-def _save(figure: Figure, path: str | Path) -> Path:
-    """Writes a PNG under a temporary name in the same folder, then renames it."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    FigureCanvasAgg(figure).print_png(temporary)
-    os.replace(temporary, path)
-    return path
+def _save(figure: Figure, path: Path) -> Path:
+    content = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(content)
+    return write_bytes(path, content.getvalue())

@@ -8,14 +8,16 @@
 | `energy` (systems,) | eV, float64 | eV, float16 as OCP stores it |
 | `forces` (free atoms, 3) | - | eV/Angstrom, float16, of free atoms, one system after the other |
 | `chunk_idx` (systems - 1,) | - | where `numpy.split` cuts `forces` into systems |
+| any other scalar (systems,) | in its unit, float64 | the same |
 
 A split is predicted in parts (at most 2,000 systems), each written whole to a folder beside the final file; ranks share
 the parts, an interrupted run goes on with those that are missing, and the last step joins them under the final name.
 """
 
+import io
 import logging
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain, islice
 from pathlib import Path
 
@@ -23,26 +25,30 @@ import numpy as np
 import torch
 from fairchem.core.common import distutils
 from fairchem.core.datasets.atomic_data import AtomicData
-from fairchem.core.units.mlip_unit.mlip_unit import Task
-from torch import nn
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from faenet_ocp.data.loader import Batches, EvalBatchSampler, Key
-from faenet_ocp.tasks.tasks import conservative_outputs, to_physical
+from faenet_ocp.common.files import write_bytes
+from faenet_ocp.data.loader import EvalBatchSampler, Key
+from faenet_ocp.evaluation.validation import predict
+from faenet_ocp.tasks.tasks import TargetTask
 
 _LARGEST_PART = 2_000
 _PARTS = 64  # of a small split: enough for any number of ranks, and the same for all
+_HALF_PRECISION = ("energy", "forces")  # of S2EF
+
+Arrays = dict[str, np.ndarray]
 
 
 def predict_split(
     model: nn.Module,
-    tasks: Sequence[Task],
+    tasks: Sequence[TargetTask],
     dataset: Dataset,
     path: Path,
     *,
     key: str,
-    make_loader: Callable[[Sampler[list[Key]]], DataLoader],
+    make_loader: Callable[[Iterable[list[Key]]], DataLoader],
     batch_size: int,
     amp: bool = False,
     conservative: bool = False,
@@ -50,11 +56,11 @@ def predict_split(
     """Predicts every system of a split once and writes `path`.
 
     Args:
-        model, tasks, amp, conservative: as in `validation.run_split`.
+        model, tasks, amp, conservative: as in `validation.predict`.
         dataset: the split; labels are not looked at.
         path: `<split>.npz`.
         key: stands for weights and settings: parts of another key are not taken over.
-        make_loader: a loader for a batch sampler on the data set.
+        make_loader: a loader for batches of the data set.
         batch_size: systems in a batch on this rank.
 
     Returns:
@@ -70,73 +76,45 @@ def predict_split(
     folder.mkdir(parents=True, exist_ok=True)
     size = min(_LARGEST_PART, -(-total // _PARTS))
     parts = [(folder / f"{start:010d}.npz", range(start, min(start + size, total))) for start in range(0, total, size)]
-    distutils.synchronize()
     missing = [part for part in parts if not part[0].exists()]
     if len(missing) < len(parts):
         logging.info("%s: %d of %d parts are there already", path.name, len(parts) - len(missing), len(parts))
-    distutils.synchronize()
+    distutils.synchronize()  # all ranks have seen the same parts
     mine = missing[distutils.get_rank() :: distutils.get_world_size()]
+    batches = [list(EvalBatchSampler(indices, batch_size)) for _, indices in mine]
+    loaded = chain.from_iterable(make_loader(list(chain.from_iterable(batches))))
+    predicted = predict(model, tasks, loaded, amp=amp, conservative=conservative)
     hidden = None if distutils.is_master() else True
-    samplers = [EvalBatchSampler(indices, batch_size) for _, indices in mine]
-    batches = iter(make_loader(_InTurn(samplers)))
     with tqdm(total=sum(len(r) for _, r in mine), desc=path.stem, unit="system", leave=False, disable=hidden) as bar:
-        for (part, _), sampler in zip(mine, samplers, strict=True):
-            its = islice(batches, len(sampler))
-            arrays = _predict(model, tasks, its, bar, amp=amp, conservative=conservative)
-            _check_finite(arrays, path.stem)
+        for (part, _), keys in zip(mine, batches, strict=True):
+            rows = []
+            for batch, values, _ in islice(predicted, len(keys)):
+                rows.append(_rows(tasks, batch, values))
+                bar.update(len(batch.natoms))
+            arrays = _concatenated(rows)
+            _check_finite(tasks, arrays, path.stem)
             _write(part, arrays)
     distutils.synchronize()
     if distutils.is_master():
-        _join([part for part, _ in parts], path)
+        _join(tasks, [part for part, _ in parts], path)
         shutil.rmtree(folder)
     distutils.synchronize()
     return total
 
 
-class _InTurn(Sampler[list[Key]]):
-    """The batches of one sampler after the other."""
-
-    def __init__(self, samplers: Sequence[EvalBatchSampler]):
-        self.samplers = samplers
-
-    def __len__(self) -> int:
-        return sum(map(len, self.samplers))
-
-    def __iter__(self) -> Iterator[list[Key]]:
-        return chain.from_iterable(self.samplers)
-
-
-@torch.no_grad()
-def _predict(
-    model: nn.Module,
-    tasks: Sequence[Task],
-    loader: Iterable[Batches],
-    bar: tqdm,
-    *,
-    amp: bool,
-    conservative: bool,
-) -> dict[str, np.ndarray]:
-    device = torch.device(distutils.get_device_for_local_rank())
-    with_forces = any(task.name == "forces" for task in tasks)
-    names = ("ids", "energy", "forces", "free") if with_forces else ("ids", "energy")
-    rows: dict[str, list[np.ndarray]] = {name: [] for name in names}
-    model.eval()
-    for batches in loader:
-        for batch in batches:
-            batch = batch.to(device)
-            with torch.autocast(device_type=device.type, dtype=torch.bfloat16, enabled=amp):
-                outputs = conservative_outputs(model, tasks, batch) if conservative else model(batch)
-            physical = to_physical(tasks, outputs, batch)
-            rows["ids"].append(np.array(_ids(batch, with_frames=with_forces)))
-            rows["energy"].append(physical["energy"].double().cpu().numpy())
-            if with_forces:
-                _check_complete(batch)
-                free = batch.fixed == 0
-                per_system = torch.zeros_like(batch.natoms).index_add(0, batch.batch, free.to(batch.natoms.dtype))
-                rows["forces"].append(physical["forces"][free].double().cpu().numpy())
-                rows["free"].append(per_system.cpu().numpy())
-            bar.update(len(batch.natoms))
-    return {name: np.concatenate(arrays) for name, arrays in rows.items()}
+def _rows(tasks: Sequence[TargetTask], batch: AtomicData, predictions: dict[str, Tensor]) -> Arrays:
+    """The arrays of a part for one batch; `free` counts the atoms of each system that have vectors."""
+    with_atoms = any(task.level == "atom" for task in tasks)
+    rows = {"ids": np.array(_ids(batch, with_frames=with_atoms))}
+    free = batch.fixed == 0
+    for task in tasks:
+        values = predictions[task.name]
+        rows[task.name] = (values[free] if task.level == "atom" else values).double().cpu().numpy()
+    if with_atoms:
+        _check_complete(batch)
+        per_system = torch.zeros_like(batch.natoms).index_add(0, batch.batch, free.to(batch.natoms.dtype))
+        rows["free"] = per_system.cpu().numpy()
+    return rows
 
 
 def _ids(batch: AtomicData, *, with_frames: bool) -> list[str]:
@@ -157,30 +135,30 @@ def _check_complete(batch: AtomicData) -> None:
         )
 
 
-def _check_finite(arrays: dict[str, np.ndarray], split: str) -> None:
-    for name in ("energy", "forces"):
-        if name in arrays:
-            bad = int((~np.isfinite(arrays[name])).reshape(len(arrays[name]), -1).any(axis=1).sum())
-            if bad:
-                raise ValueError(f"split {split!r}: {bad} of {len(arrays[name])} predicted {name} are not finite")
+def _check_finite(tasks: Sequence[TargetTask], arrays: Arrays, split: str) -> None:
+    for name in (task.name for task in tasks):
+        bad = int((~np.isfinite(arrays[name])).reshape(len(arrays[name]), -1).any(axis=1).sum())
+        if bad:
+            raise ValueError(f"split {split!r}: {bad} of {len(arrays[name])} predicted {name} are not finite")
 
 
-def _write(path: Path, arrays: dict[str, np.ndarray], *, compress: bool = False) -> None:
-    """Writes under a temporary name and renames: a file with the final name is whole."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        (np.savez_compressed if compress else np.savez)(file, **arrays)  # type: ignore[arg-type]
-    temporary.replace(path)
+def _concatenated(rows: Sequence[Arrays]) -> Arrays:
+    return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
 
 
-def _join(parts: Sequence[Path], path: Path) -> None:
-    loaded: dict[str, list[np.ndarray]] = {}
+def _write(path: Path, arrays: Arrays, *, compress: bool = False) -> None:
+    content = io.BytesIO()
+    (np.savez_compressed if compress else np.savez)(content, **arrays)  # type: ignore[arg-type]
+    write_bytes(path, content.getvalue())
+
+
+def _join(tasks: Sequence[TargetTask], parts: Sequence[Path], path: Path) -> None:
+    loaded = []
     for part in parts:
         with np.load(part) as content:
-            for name in content.files:
-                loaded.setdefault(name, []).append(content[name])
-    arrays = {name: np.concatenate(chunks) for name, chunks in loaded.items()}
-    if "forces" in arrays:
+            loaded.append({name: content[name] for name in content.files})
+    arrays = _concatenated(loaded)
+    if "free" in arrays:
         arrays["chunk_idx"] = np.cumsum(arrays.pop("free"))[:-1]
-        arrays["energy"], arrays["forces"] = arrays["energy"].astype(np.float16), arrays["forces"].astype(np.float16)
+        arrays |= {name: arrays[name].astype(np.float16) for name in _HALF_PRECISION}
     _write(path, arrays, compress=True)

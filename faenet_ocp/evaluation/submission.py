@@ -1,11 +1,13 @@
 """One file for OC20's leaderboard from the predictions of the four test splits."""
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
+from faenet_ocp.common.files import write_bytes
 from faenet_ocp.data.oc20 import OC20LmdbDataset
 
 NAMES = ("id", "ood_ads", "ood_cat", "ood_both")
@@ -42,10 +44,9 @@ def make_submission(
             _check_ids(split, part["ids"], _expected_ids(sources[number], task))
         counts[split] = len(part["ids"])
         arrays |= {f"{name}_{key}": value for key, value in part.items()}
-    temporary = out.with_name(f".{out.name}.tmp")
-    with temporary.open("wb") as file:
-        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
-    temporary.replace(out)
+    content = io.BytesIO()
+    np.savez_compressed(content, **arrays)  # type: ignore[arg-type]
+    write_bytes(out, content.getvalue())
     return counts
 
 

@@ -1,25 +1,65 @@
-"""Runs a model over splits: metrics, baselines, predictions and throughput, exact on any number of ranks."""
+"""Runs a model over batches: THE evaluation loop, and with it metrics, baselines and throughput of a split.
+
+Exact on any number of ranks.
+"""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import chain
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from fairchem.core.common import distutils
 from fairchem.core.datasets.atomic_data import AtomicData
-from fairchem.core.units.mlip_unit.mlip_unit import Task
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from faenet_ocp.evaluation.metrics import BaselineMetrics, EnergyMetrics, ForceMetrics
+from faenet_ocp.evaluation.metrics import BaselineMetrics, JointThreshold, ScalarMetrics, Values, VectorMetrics
 from faenet_ocp.tasks.references import CompositionFit
-from faenet_ocp.tasks.tasks import conservative_outputs, to_physical
+from faenet_ocp.tasks.tasks import TargetTask, conservative_outputs, to_physical
 
 _PLOTTED_ATOMS = 20_000
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module,
+    tasks: Sequence[TargetTask],
+    batches: Iterable[AtomicData],
+    *,
+    amp: bool = False,
+    conservative: bool = False,
+) -> Iterator[tuple[AtomicData, dict[str, Tensor], float]]:
+    """Predictions in physical units, batch by batch, on the device that the model is on.
+
+    Args:
+        model: returns outputs by task; not wrapped in DDP, so ranks may have different numbers of batches.
+        tasks: see `tasks.make_tasks`; they turn outputs into eV and eV/Angstrom.
+        batches: with all that the model needs; labels are not looked at.
+        amp: bfloat16 autocast.
+        conservative: forces are -dE/dX instead of the predicted ones.
+
+    Yields:
+        a batch on the device, its predictions by target, and the seconds of the forward pass.
+    """
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    try:
+        for batch in batches:
+            batch = batch.to(device)
+            _synchronize(device)
+            start = time.perf_counter()
+            with torch.autocast(device_type=device.type, dtype=torch.bfloat16, enabled=amp):
+                outputs = conservative_outputs(model, tasks, batch) if conservative else model(batch)
+            _synchronize(device)
+            seconds = time.perf_counter() - start
+            yield batch, to_physical(tasks, outputs, batch), seconds
+    finally:
+        model.train(training)
 
 
 @dataclass
@@ -27,141 +67,132 @@ class SplitOutcome:
     """What one split gave.
 
     Attributes:
-        metrics: by name; empty for a split without labels. `frames_per_system` is 1 plus what canonical frames that
-            were not unique (or full frames) add.
+        metrics: by name. `frames_per_system` is 1 plus what canonical frames that were not unique (or full frames) add.
         baselines: by row and name; empty without training statistics.
-        predictions: on the first rank, in the order of the data set: `ids` (str), `energy` (eV), `energy_target`.
-        forces: pairs of predicted and labelled forces (M, 3) of the first free atoms, for a plot; empty without forces.
+        pairs: by target, prediction and label for a plot: on the first rank all scalars, in the order of the data set,
+            and on each rank the vectors (M, 3) of its first atoms that count.
         num_systems: over all ranks.
         forward_seconds: in the model's forward pass, the slowest rank's; without the first batch where there are more.
         forward_systems: systems that `forward_seconds` stands for, over all ranks.
         seconds: wall time with loading.
     """
 
-    metrics: dict[str, float | int] = field(default_factory=dict)
-    baselines: dict[str, dict[str, float | int]] = field(default_factory=dict)
-    predictions: dict[str, np.ndarray] = field(default_factory=dict)
-    forces: tuple[np.ndarray, np.ndarray] | None = None
+    metrics: Values = field(default_factory=dict)
+    baselines: dict[str, Values] = field(default_factory=dict)
+    pairs: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
     num_systems: int = 0
     forward_seconds: float = 0.0
     forward_systems: int = 0
     seconds: float = 0.0
 
 
-@torch.no_grad()
 def run_split(
     model: nn.Module,
-    tasks: Sequence[Task],
+    tasks: Sequence[TargetTask],
     loader: DataLoader,
     *,
     split: str,
-    labelled: bool = True,
-    fit: CompositionFit | None = None,
+    fits: Mapping[str, CompositionFit] | None = None,
     amp: bool = False,
     conservative: bool = False,
 ) -> SplitOutcome:
-    """Predicts every system of a split once.
+    """Predicts every system of a labelled split once, and compares.
 
     Args:
-        model: returns outputs by task; not wrapped in DDP, so ranks may have different numbers of batches.
-        tasks: see `tasks.make_tasks`; they turn outputs into eV and eV/Angstrom.
+        model, tasks, amp, conservative: see `predict`.
         loader: this rank's share (`loader.EvalBatchSampler`).
         split: name, for messages and the progress bar.
-        labelled: whether there are labels to compare with.
-        fit: statistics of the training set, for the baselines.
-        amp: bfloat16 autocast.
-        conservative: forces are -dE/dX instead of the predicted ones.
+        fits: statistics of the training set by target, for the baselines.
 
     Raises:
         ValueError: no systems, a sample that cannot be used, or predictions or labels that are not finite.
     """
-    device = torch.device(distutils.get_device_for_local_rank())
-    collected = _Collector(tasks, labelled, fit)
-    training = model.training
-    model.eval()
+    collector = _Collector(tasks, fits or {})
     start = time.perf_counter()
-    try:
-        bar = tqdm(loader, desc=split, unit="batch", leave=False, disable=None if distutils.is_master() else True)
-        for batches in bar:
-            for batch in batches:
-                batch = batch.to(device)
-                _synchronize(device)
-                before = time.perf_counter()
-                with torch.autocast(device_type=device.type, dtype=torch.bfloat16, enabled=amp):
-                    outputs = conservative_outputs(model, tasks, batch) if conservative else model(batch)
-                _synchronize(device)
-                collected.add(batch, to_physical(tasks, outputs, batch), time.perf_counter() - before)
-    finally:
-        model.train(training)
-    return collected.outcome(split, time.perf_counter() - start)
+    bar = tqdm(loader, desc=split, unit="batch", leave=False, disable=None if distutils.is_master() else True)
+    for predicted in predict(model, tasks, chain.from_iterable(bar), amp=amp, conservative=conservative):
+        collector.add(*predicted)
+    return collector.outcome(split, time.perf_counter() - start)
 
 
 class _Collector:
     """One rank's sums and predictions, joined over the ranks at the end."""
 
-    def __init__(self, tasks: Sequence[Task], labelled: bool, fit: CompositionFit | None):
-        self.labelled = labelled
-        self.energy = EnergyMetrics()
-        self.forces = ForceMetrics() if any(task.name == "forces" for task in tasks) else None
-        self.baselines = BaselineMetrics(fit) if fit is not None else None
+    def __init__(self, tasks: Sequence[TargetTask], fits: Mapping[str, CompositionFit]):
+        targets = [task.target for task in tasks]
+        self.scalars = {target.name: ScalarMetrics(target) for target in targets if target.rank == 0}
+        self.vectors = {target.name: VectorMetrics(target) for target in targets if target.rank == 1}
+        self.joint = [
+            JointThreshold(scalar.target, vector.target)
+            for scalar in self.scalars.values()
+            for vector in self.vectors.values()
+            if scalar.target.threshold and vector.target.threshold
+        ]
+        self.baselines = [BaselineMetrics(target, fits[target.name]) for target in targets if target.name in fits]
         self.eval_free = all(task.eval_on_free_atoms for task in tasks if task.level == "atom")
-        self.rows: list[tuple[list[str], np.ndarray, np.ndarray | None]] = []
+        self.pairs: dict[str, list[tuple[Tensor, Tensor]]] = {target.name: [] for target in targets}
         self.forward: list[tuple[float, int]] = []
-        self.plotted: list[tuple[Tensor, Tensor]] = []
-        self.num_plotted = 0
-        self.num_frames = 0
+        self.num_plotted = self.num_frames = 0
 
-    def add(self, batch: AtomicData, predictions: dict[str, Tensor], seconds: float) -> None:
-        energy = predictions["energy"].double().cpu()
-        target = batch.energy.double().cpu() if self.labelled else None
-        self.rows.append((list(batch.sid), energy.numpy(), None if target is None else target.numpy()))
-        self.forward.append((seconds, len(energy)))
-        self.num_frames += int((batch.frame_weight > 0).sum()) if "frame_weight" in batch else len(energy)
-        if target is None:
-            return
-        self.energy.update(energy, target)
-        if self.baselines is not None:
-            self.baselines.update(batch.composition, target)
-        if self.forces is not None:
-            free = batch.fixed == 0 if self.eval_free else torch.ones_like(batch.fixed, dtype=torch.bool)
-            self.forces.update(
-                forces_pred=predictions["forces"],
-                forces_target=batch.forces,
-                free=free,
-                batch=batch.batch,
-                energy_pred=energy.to(batch.forces.device),
-                energy_target=target,
-            )
-            if self.num_plotted < _PLOTTED_ATOMS:
-                self.plotted.append((predictions["forces"][free].cpu(), batch.forces[free].cpu()))
-                self.num_plotted += len(self.plotted[-1][0])
+    def add(self, batch: AtomicData, predictions: Mapping[str, Tensor], seconds: float) -> None:
+        size = len(batch.natoms)
+        self.forward.append((seconds, size))
+        self.num_frames += int((batch.frame_weight > 0).sum()) if "frame_weight" in batch else size
+        for name, scalar in self.scalars.items():
+            pair = predictions[name].double().cpu(), batch[name].double().cpu()
+            scalar.update(*pair)
+            self.pairs[name].append(pair)
+        for baseline in self.baselines:
+            baseline.update(batch.composition, batch[baseline.target.name])
+        if self.vectors:
+            self._add_vectors(batch, predictions)
+
+    def _add_vectors(self, batch: AtomicData, predictions: Mapping[str, Tensor]) -> None:
+        counted = batch.fixed == 0 if self.eval_free else torch.ones_like(batch.fixed, dtype=torch.bool)
+        pairs = {name: (predictions[name], batch[name]) for name in self.pairs}
+        for name, vector in self.vectors.items():
+            vector.update(*pairs[name], counted)
+        for joint in self.joint:
+            joint.update(pairs[joint.scalar.name], pairs[joint.vector.name], counted=counted, batch=batch.batch)
+        if self.num_plotted < _PLOTTED_ATOMS:
+            self.num_plotted += int(counted.sum())
+            for name in self.vectors:
+                pred, label = pairs[name]
+                self.pairs[name].append((pred[counted].cpu(), label[counted].cpu()))
 
     def outcome(self, split: str, seconds: float) -> SplitOutcome:
-        for collector in (self.energy, self.forces, self.baselines):
-            if collector is not None and self.labelled:
-                collector.sums = _reduce(collector.sums, "sum")
+        collectors: list[ScalarMetrics | VectorMetrics | JointThreshold] = [
+            *self.scalars.values(),
+            *self.vectors.values(),
+            *self.joint,
+        ]
+        for sums in [*collectors, *self.baselines]:
+            sums.sums = _reduce(sums.sums, "sum")
         counted = self.forward[1:] if len(self.forward) > 1 else self.forward
-        sums = [sum(n for _, n in self.forward), sum(n for _, n in counted), self.num_frames]
-        totals = _reduce(torch.tensor(sums).double(), "sum")
+        counts = [sum(n for _, n in self.forward), sum(n for _, n in counted), self.num_frames]
+        totals = _reduce(torch.tensor(counts).double(), "sum")
         times = _reduce(torch.tensor([sum(s for s, _ in counted), seconds]).double(), "max")
         result = SplitOutcome(
-            predictions=_gather(self.rows),
             num_systems=int(totals[0]),
             forward_systems=int(totals[1]),
             forward_seconds=float(times[0]),
             seconds=float(times[1]),
         )
-        if self.labelled:
-            result.metrics = self.energy.compute(split) | {"frames_per_system": float(totals[2] / totals[0])}
-            if self.forces is not None:
-                result.metrics |= self.forces.compute(split)
-                if self.plotted:
-                    pred, target = (torch.cat(part).numpy() for part in zip(*self.plotted, strict=True))
-                    result.forces = (pred[:_PLOTTED_ATOMS], target[:_PLOTTED_ATOMS])
-            if self.baselines is not None:
-                result.baselines = self.baselines.compute(split)
-                if self.forces is not None:
-                    result.baselines["mean_predictor"] |= self.forces.zero_baseline()
+        for collector in collectors:
+            result.metrics |= collector.compute(split)
+        result.metrics["frames_per_system"] = float(totals[2] / totals[0])
+        for baseline in self.baselines:
+            for row, values in baseline.compute(split).items():
+                result.baselines[row] = result.baselines.get(row, {}) | values
+        if self.baselines:
+            for vector in self.vectors.values():
+                result.baselines["mean_predictor"] |= vector.zero_baseline()
+        for name in self.scalars:
+            result.pairs[name] = _gather(self.pairs[name])
+        for name in self.vectors:
+            if self.pairs[name]:  # a rank may have no systems
+                pred, label = (torch.cat(part)[:_PLOTTED_ATOMS].numpy() for part in zip(*self.pairs[name], strict=True))
+                result.pairs[name] = pred, label
         return result
 
 
@@ -179,17 +210,11 @@ def _reduce(values: Tensor, how: str) -> Tensor:
     return values.cpu()
 
 
-def _gather(rows: list[tuple[list[str], np.ndarray, np.ndarray | None]]) -> dict[str, np.ndarray]:
-    """Predictions of all ranks on the first one, in the order of the data (rank r has the samples r, r + w, ...)."""
-    mine: dict[str, Any] = {"ids": np.array([sid for sids, _, _ in rows for sid in sids])}
-    mine["place"] = np.arange(len(mine["ids"])) * distutils.get_world_size() + distutils.get_rank()
-    mine["energy"] = np.concatenate([energy for _, energy, _ in rows]) if rows else np.empty(0)
-    targets = [target for _, _, target in rows if target is not None]
-    if targets:
-        mine["energy_target"] = np.concatenate(targets)
-    parts = [part for part in distutils.gather_objects(mine) or [] if len(part["ids"])]
-    if not parts:
-        return {}
-    joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    order = np.argsort(joined.pop("place"))
-    return {name: values[order] for name, values in joined.items()}
+def _gather(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[np.ndarray, np.ndarray]:
+    """Pairs of all ranks on the first one, in the order of the data (rank r has the samples r, r + w, ...)."""
+    mine = np.concatenate([torch.stack(pair).numpy() for pair in pairs], axis=1) if pairs else np.empty((2, 0))
+    place = np.arange(mine.shape[1]) * distutils.get_world_size() + distutils.get_rank()
+    parts = distutils.gather_objects((place, mine)) or [(place, mine)]
+    order = np.argsort(np.concatenate([place for place, _ in parts]))
+    pred, label = np.concatenate([values for _, values in parts], axis=1)[:, order]
+    return pred, label

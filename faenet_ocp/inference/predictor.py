@@ -23,8 +23,6 @@ from fairchem.core.datasets.atomic_data import AtomicData, atomicdata_list_to_ba
 from numpy.typing import NDArray
 from torch import Tensor
 
-from faenet_ocp import build
-from faenet_ocp.checkpoint import load_weights
 from faenet_ocp.common.checks import choice
 from faenet_ocp.common.elements import MAX_ATOMIC_NUMBER, describe
 from faenet_ocp.config.schema import Config, build_config, without_removed
@@ -32,10 +30,11 @@ from faenet_ocp.data.atoms import atoms_to_data
 from faenet_ocp.data.fields import FIELDS, NUM_ELEMENTS
 from faenet_ocp.data.oc20 import DTYPES
 from faenet_ocp.data.transforms import Compose
+from faenet_ocp.evaluation.evaluator import load_model
+from faenet_ocp.evaluation.validation import predict
 from faenet_ocp.frames import METHODS, compute_frames
 from faenet_ocp.models.embedding import AtomEmbedding
-from faenet_ocp.tasks.references import CompositionFit
-from faenet_ocp.tasks.tasks import conservative_outputs, load_tasks_state, make_tasks, tasks_to_device, to_physical
+from faenet_ocp.tasks.references import fits_from_dict
 
 logger = logging.getLogger(__name__)
 
@@ -104,13 +103,8 @@ class Predictor:
         trained = build_config(without_removed(state["config"]))
         self.config = config = _inference_config(trained, frames, forces, precision)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        with torch.random.fork_rng(devices=[]):  # the initial weights, replaced below, are drawn after seeding
-            self.model = build.make_model(config)
-        load_weights(self.model, state)
-        self.tasks = make_tasks(config.model_copy(update={"outputs": {}}), None)
-        load_tasks_state(self.tasks, state["tasks"])
-        self.model.to(self.device).eval().requires_grad_(False)
-        tasks_to_device(self.tasks, self.device)
+        self.model, self.tasks = load_model(state, config, self.device)
+        self.model.eval().requires_grad_(False)
         embeddings = [module for module in self.model.modules() if isinstance(module, AtomEmbedding)]
         self._known_elements = torch.arange(NUM_ELEMENTS) > 0
         for embedding in embeddings:
@@ -118,14 +112,12 @@ class Predictor:
         self._reads_tags = any(embedding.tag is not None for embedding in embeddings)
         self.properties = config.properties
         self.conservative = config.output("forces").eval_from == "energy_gradient"
-        self.transforms = Compose({k: given for k, given in config.dataset.transforms.items() if given is not False})
-        self._removes_subsurface = "remove_subsurface" in dict(self.transforms.steps)
+        transforms = {name: given for name, given in config.dataset.transforms.items() if given is not False}
+        self.transforms, self._removes_subsurface = Compose(transforms), "remove_subsurface" in transforms
         self.generator = torch.Generator().manual_seed(seed)
-        statistics = state.get("statistics")
-        self._training_set = CompositionFit.from_dict(statistics) if statistics else None
+        self._training_set = next(iter(fits_from_dict(state.get("statistics")).values()), None)
         self._warned: set[str] = set()
 
-    @torch.no_grad()
     def __call__(self, structures: Sequence[Atoms]) -> list[Prediction]:
         """Predictions of several structures in one forward pass; they do not depend on each other.
 
@@ -138,13 +130,15 @@ class Predictor:
             batch.frame_rot, batch.frame_weight = compute_frames(
                 batch.pos, batch.batch, len(samples), generator=self.generator, **self.model.frames
             )
-        raw = conservative_outputs(self.model, self.tasks, batch) if self.conservative else self.model(batch)
-        outputs = {k: value.detach().double().cpu() for k, value in to_physical(self.tasks, raw, batch).items()}
+        ((_, physical, _),) = predict(self.model, self.tasks, [batch], conservative=self.conservative)
+        outputs = {name: value.detach().double().cpu() for name, value in physical.items()}
         levels = {target.name: target.level for target in self.config.targets}
         natoms = [len(sample.pos) for sample in samples]
-        parts = {k: value.split(natoms) if levels[k] == "atom" else value.tolist() for k, value in outputs.items()}
+        parts = {
+            name: value.split(natoms) if levels[name] == "atom" else value.tolist() for name, value in outputs.items()
+        }
         return [
-            _prediction(len(atoms), sample.atom_id.numpy(), {k: values[place] for k, values in parts.items()})
+            _prediction(len(atoms), sample.atom_id.numpy(), {name: values[place] for name, values in parts.items()})
             for place, (atoms, sample) in enumerate(zip(structures, samples, strict=True))
         ]
 

@@ -15,9 +15,9 @@ from fairchem.core.launchers.api import SchedulerType
 
 from faenet_ocp.checkpoint import load_checkpoint
 from faenet_ocp.config.schema import Config, build_config
-from faenet_ocp.evaluation.evaluator import Evaluator
+from faenet_ocp.evaluation.evaluator import Evaluator, load_model
 from faenet_ocp.launch.local_ranks import rank_errors, say, stop_signals
-from faenet_ocp.tasks.references import CompositionFit
+from faenet_ocp.tasks.references import fits_from_dict
 from faenet_ocp.training.run import TrainingRun
 
 
@@ -78,12 +78,12 @@ class OCPRunner(Runner):
             return
         path = str(self.checkpoint)
         state = load_checkpoint(path)
-        model, tasks = evaluator.load_model(state)
+        model, tasks = load_model(state, self.config, distutils.get_device_for_local_rank())
         if self.mode == "predict":
             evaluator.predict(model, tasks, path)
             return
-        fit = CompositionFit.from_dict(state["statistics"]) if state.get("statistics") else None
-        evaluator.report(model, evaluator.evaluate(model, tasks, fit), state, path)
+        fits = fits_from_dict(state.get("statistics"))
+        evaluator.report(model, evaluator.evaluate(model, tasks, fits), state, path)
 
 
 def _leave_cores_to_the_loader(config: Config) -> None:

@@ -1,39 +1,40 @@
-"""Least squares of the energy on element counts, from sums that are collected batch by batch.
+"""Least squares of a label on element counts, from sums that are collected batch by batch.
 
 One pass over the training set gives, without keeping it in memory,
 
 - the baselines ``mean predictor`` and ``linear in composition`` of every results table,
 - element references (one energy per atom of an element, as in OCP, no intercept),
-- mean and standard deviation of the energies, and of what the references leave over, for the
-  target normaliser.
+- mean and standard deviation of the labels, and of what the references leave over, for the target normaliser.
 
-Legend: composition (B, 119) atom counts, column = atomic number, column 0 unused; energy (B,) eV.
+Legend: composition (B, 119) atom counts, column = atomic number, column 0 unused; label (B,), energies in eV.
 All sums are float64. Counts are whole numbers, so A^T A is exact below 2**53.
 """
 
+import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from fairchem.core.common import distutils
+from fairchem.core.datasets.atomic_data import AtomicData
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from tqdm import tqdm
 
-NUM_ELEMENTS = 119
-_ONE, _ENERGY = NUM_ELEMENTS, NUM_ELEMENTS + 1  # columns beside the elements in the sums
+from faenet_ocp.data.fields import NUM_ELEMENTS
+
+Labels = tuple[Tensor, dict[str, Tensor]]
+"""Composition (B, 119) and labels (B,) by target of some systems."""
+
+_ONE, _LABEL = NUM_ELEMENTS, NUM_ELEMENTS + 1  # columns beside the elements in the sums
+_LARGEST_SAMPLE = 1_000_000
 # Eigenvalues of A^T A below this share of the largest are rounding noise (about 1e-15 of it). The
 # rarest element of a set of 1e8 frames still lies above.
 _RANK_TOLERANCE = 1e-13
-
-
-def _check_composition(composition: Tensor) -> Tensor:
-    """Returns composition (B, 119) as float64 on the CPU; ValueError for anything else."""
-    if composition.ndim != 2 or composition.shape[1] != NUM_ELEMENTS:
-        raise ValueError(f"composition must have shape (systems, {NUM_ELEMENTS}), got {tuple(composition.shape)}")
-    counts = composition.detach().to(device="cpu", dtype=torch.float64)
-    if not bool((torch.isfinite(counts) & (counts >= 0)).all()):
-        raise ValueError("composition must hold atom counts: finite and not negative")
-    return counts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,15 +42,14 @@ class CompositionFit:
     """Solution of a `CompositionRegression`; plain numbers, see `to_dict` and `from_dict`.
 
     Attributes:
-        coefficients: eV per atom by atomic number (119 entries); None for an element that no
-            system of the fit holds.
-        mean, stdev: of the energies, eV. The mean is the ``mean predictor`` baseline (the best
-            constant for the squared error; for the absolute error it would be the median).
-        residual_mean, residual_stdev: of energy minus prediction, eV. The fit has no intercept, so
-            the residual mean is not zero in general.
+        coefficients: per atom by atomic number (119 entries); None for an element that no system of the fit holds.
+        mean, stdev: of the labels. The mean is the ``mean predictor`` baseline (the best constant for the squared
+            error; for the absolute error it would be the median).
+        residual_mean, residual_stdev: of label minus prediction. The fit has no intercept, so the residual mean is not
+            zero in general.
         num_systems: systems in the fit.
-        rank: independent directions among the compositions; below the number of elements seen, the
-            coefficients are the minimum-norm ones of many equally good.
+        rank: independent directions among the compositions; below the number of elements seen, the coefficients are
+            the minimum-norm ones of many equally good.
 
     Standard deviations divide by the number of systems (as `numpy.std`).
     """
@@ -71,11 +71,11 @@ class CompositionFit:
             raise ValueError("a composition fit must hold finite numbers")
 
     def element_references(self) -> Tensor:
-        """Energy per atom by atomic number, (119,) float64, eV; 0 for elements never seen."""
+        """Share of each atom by atomic number, (119,) float64; 0 for elements never seen."""
         return torch.tensor([c or 0.0 for c in self.coefficients], dtype=torch.float64)
 
     def predict(self, composition: Tensor) -> Tensor:
-        """Energy linear in composition, (B,) float64 on the CPU, eV.
+        """Label linear in composition, (B,) float64 on the CPU.
 
         Atoms of elements never seen contribute 0; `unseen` says which systems have some.
 
@@ -96,50 +96,50 @@ class CompositionFit:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "CompositionFit":
         """Inverse of `to_dict`. Raises ValueError if keys are missing, unknown or not finite."""
-        _check_keys(data, {field.name for field in fields(cls)}, "composition fit")
+        expected = {field.name for field in fields(cls)}
+        if set(data) != expected:
+            raise ValueError(
+                f"composition fit: missing {sorted(expected - set(data))}, unknown {sorted(set(data) - expected)}"
+            )
         return cls(**{**data, "coefficients": tuple(data["coefficients"])})
 
 
 class CompositionRegression:
-    """Streaming least squares of energies on element counts; parts of a set can be merged.
+    """Streaming least squares of labels on element counts.
 
     Attributes:
-        sums: (121, 121) float64, M^T M over the systems, M = [composition | 1 | energy]: every sum
-            that the fit needs. Parts add up, so ranks may also all-reduce it.
+        sums: (121, 121) float64, M^T M over the systems, M = [composition | 1 | label]: every sum that the fit needs.
+            Parts add up, so ranks all-reduce it.
     """
 
     def __init__(self) -> None:
         self.sums = torch.zeros(NUM_ELEMENTS + 2, NUM_ELEMENTS + 2, dtype=torch.float64)
 
-    def update(self, composition: Tensor, energy: Tensor) -> None:
+    def update(self, composition: Tensor, label: Tensor) -> None:
         """Adds systems.
 
         Args:
             composition: (B, 119) atom counts.
-            energy: (B,) eV.
+            label: (B,).
 
         Raises:
-            ValueError: wrong shape, counts that are none, or energies that are not finite.
+            ValueError: wrong shape, counts that are none, or labels that are not finite.
         """
         counts = _check_composition(composition)
-        if energy.shape != counts.shape[:1]:
-            raise ValueError(f"energy must have shape ({counts.shape[0]},), got {tuple(energy.shape)}")
-        target = energy.detach().to(device="cpu", dtype=torch.float64)
-        bad = int((~torch.isfinite(target)).sum())
+        if label.shape != counts.shape[:1]:
+            raise ValueError(f"labels must have shape ({counts.shape[0]},), got {tuple(label.shape)}")
+        values = label.detach().to(device="cpu", dtype=torch.float64)
+        bad = int((~torch.isfinite(values)).sum())
         if bad:
-            raise ValueError(f"{bad} of {target.shape[0]} energies are not finite")
-        rows = torch.cat([counts, torch.ones(len(counts), 1).double(), target[:, None]], dim=1)
+            raise ValueError(f"{bad} of {values.shape[0]} labels are not finite")
+        rows = torch.cat([counts, torch.ones(len(counts), 1).double(), values[:, None]], dim=1)
         self.sums += rows.T @ rows
-
-    def merge(self, other: "CompositionRegression") -> None:
-        """Adds the systems that another one (another process or rank) has seen."""
-        self.sums += other.sums
 
     def solve(self) -> CompositionFit:
         """Minimum-norm least-squares coefficients with the statistics around them.
 
         The statistics come from the same sums, so the standard deviations carry a rounding error of
-        about 1e-8 of the root mean square energy.
+        about 1e-8 of the root mean square label.
 
         Raises:
             ValueError: no system was added.
@@ -149,44 +149,119 @@ class CompositionRegression:
             raise ValueError("cannot fit element references: no system was given")
         seen = self.sums[_ONE, :NUM_ELEMENTS] > 0
         gram = self.sums[:NUM_ELEMENTS, :NUM_ELEMENTS][seen][:, seen]
-        moment, counts = self.sums[_ENERGY, :NUM_ELEMENTS][seen], self.sums[_ONE, :-2][seen]
+        moment, counts = self.sums[_LABEL, :NUM_ELEMENTS][seen], self.sums[_ONE, :-2][seen]
         solution, rank = _solve_gram(gram, moment)
-        mean = float(self.sums[_ONE, _ENERGY]) / n
-        energy_sumsq = float(self.sums[_ENERGY, _ENERGY])
+        mean = float(self.sums[_ONE, _LABEL]) / n
+        sumsq = float(self.sums[_LABEL, _LABEL])
         residual_mean = mean - float(solution @ counts) / n
-        residual_sumsq = energy_sumsq + float(solution @ (gram @ solution - 2.0 * moment))
+        residual_sumsq = sumsq + float(solution @ (gram @ solution - 2.0 * moment))
         coefficients: list[float | None] = [None] * NUM_ELEMENTS
         for number, value in zip(seen.nonzero().flatten().tolist(), solution.tolist(), strict=True):
             coefficients[number] = value
         return CompositionFit(
             coefficients=tuple(coefficients),
             mean=mean,
-            stdev=math.sqrt(max(energy_sumsq / n - mean**2, 0.0)),
+            stdev=math.sqrt(max(sumsq / n - mean**2, 0.0)),
             residual_mean=residual_mean,
             residual_stdev=math.sqrt(max(residual_sumsq / n - residual_mean**2, 0.0)),
             num_systems=n,
             rank=rank,
         )
 
-    def to_dict(self) -> dict[str, Any]:
-        """The sums as JSON-ready data, without the rows and columns of elements never seen."""
-        used = self.sums.diagonal().nonzero().flatten()
-        return {"columns": used.tolist(), "sums": self.sums[used[:, None], used].tolist()}
 
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> "CompositionRegression":
-        """Inverse of `to_dict`. Raises ValueError if keys or shapes do not fit."""
-        _check_keys(data, {"columns", "sums"}, "composition regression")
-        used = torch.tensor(data["columns"], dtype=torch.long)
-        values = torch.tensor(data["sums"], dtype=torch.float64).view(-1)
-        if values.numel() != used.numel() ** 2 or bool(((used < 0) | (used > _ENERGY)).any()):
-            raise ValueError(
-                f"composition regression: 'columns' must be numbers in 0..{_ENERGY} and 'sums' a "
-                f"square matrix over them, got {used.numel()} columns and {values.numel()} sums"
-            )
-        regression = cls()
-        regression.sums[used[:, None], used] = values.view(used.numel(), used.numel())
-        return regression
+class CompositionReferences(nn.Module):
+    """Label of a composition, one coefficient for each element: subtracted from targets, added to predictions.
+
+    The composition is that of the whole system, before sub-surface atoms are removed (`data.composition`, (B, 119)).
+
+    Args:
+        coefficients: per atom by atomic number, (119,).
+    """
+
+    def __init__(self, coefficients: Tensor):
+        super().__init__()
+        self.coefficients: Tensor
+        self.register_buffer("coefficients", coefficients.double())
+
+    def energy(self, batch: AtomicData) -> Tensor:
+        """Reference of each system, (B,) float64."""
+        self.to(batch.atomic_numbers.device)  # those of a checkpoint come on the CPU
+        if "composition" in batch:
+            return batch.composition.double() @ self.coefficients
+        per_atom = self.coefficients[batch.atomic_numbers]
+        return per_atom.new_zeros(len(batch.natoms)).index_add(0, batch.batch, per_atom)
+
+    def apply_refs(self, batch: AtomicData, tensor: Tensor) -> Tensor:
+        """Labels (B,) to labels relative to the references."""
+        return (tensor.double() - self.energy(batch)).to(tensor.dtype)
+
+    def undo_refs(self, batch: AtomicData, tensor: Tensor) -> Tensor:
+        """The inverse of `apply_refs`."""
+        return (tensor.double() + self.energy(batch)).to(tensor.dtype)
+
+
+def statistics_sample(total: int) -> NDArray[np.int64]:
+    """Training systems whose labels this rank sums up: its share of all, above a million of a million spread evenly."""
+    used = min(total, _LARGEST_SAMPLE)
+    if used < total:
+        logging.warning("baselines and fits use %d of %d training systems, spread evenly", used, total)
+    chosen = (np.arange(used) * total) // used
+    return np.array_split(chosen, distutils.get_world_size())[distutils.get_rank()]
+
+
+def labels_of(batches: Sequence[AtomicData], *, names: Sequence[str]) -> Labels:
+    """What `fit_labels` takes of each batch; made where it is loaded."""
+    (batch,) = batches
+    return batch.composition, {name: batch[name] for name in names}
+
+
+def fit_labels(parts: Iterable[Labels], names: Sequence[str]) -> dict[str, CompositionFit]:
+    """Fits of labels by target over the systems of all ranks.
+
+    Args:
+        parts: this rank's share of the training set.
+        names: of targets that are scalars of systems.
+
+    Raises:
+        ValueError: no systems, or labels that are not finite.
+    """
+    regressions = {name: CompositionRegression() for name in names}
+    hidden = None if distutils.is_master() else True
+    for composition, labels in tqdm(parts, desc="label statistics", unit="batch", leave=False, disable=hidden):
+        for name, regression in regressions.items():
+            regression.update(composition, labels[name])
+    if distutils.get_world_size() > 1:
+        for regression in regressions.values():
+            sums = regression.sums.to(distutils.get_device_for_local_rank())
+            dist.all_reduce(sums)
+            regression.sums = sums.cpu()
+    return {name: regression.solve() for name, regression in regressions.items()}
+
+
+def fits_to_dict(fits: Mapping[str, CompositionFit]) -> dict[str, Any] | None:
+    """Fits as checkpoints and `statistics.json` hold them: the energy's, and what else there is in `others` by name."""
+    others = {name: fit.to_dict() for name, fit in fits.items()}
+    if not others:
+        return None
+    return others.pop("energy") | ({"others": others} if others else {})
+
+
+def fits_from_dict(data: Mapping[str, Any] | None) -> dict[str, CompositionFit]:
+    """Inverse of `fits_to_dict`."""
+    if not data:
+        return {}
+    energy = {key: value for key, value in data.items() if key != "others"}
+    return {name: CompositionFit.from_dict(fit) for name, fit in {"energy": energy, **data.get("others", {})}.items()}
+
+
+def _check_composition(composition: Tensor) -> Tensor:
+    """Returns composition (B, 119) as float64 on the CPU; ValueError for anything else."""
+    if composition.ndim != 2 or composition.shape[1] != NUM_ELEMENTS:
+        raise ValueError(f"composition must have shape (systems, {NUM_ELEMENTS}), got {tuple(composition.shape)}")
+    counts = composition.detach().to(device="cpu", dtype=torch.float64)
+    if not bool((torch.isfinite(counts) & (counts >= 0)).all()):
+        raise ValueError("composition must hold atom counts: finite and not negative")
+    return counts
 
 
 def _solve_gram(gram: Tensor, moment: Tensor) -> tuple[Tensor, int]:
@@ -197,11 +272,3 @@ def _solve_gram(gram: Tensor, moment: Tensor) -> tuple[Tensor, int]:
     keep = values > _RANK_TOLERANCE * values[-1]
     basis = vectors[:, keep]
     return basis @ ((basis.T @ moment) / values[keep]), int(keep.sum())
-
-
-def _check_keys(data: Mapping[str, Any], expected: set[str], what: str) -> None:
-    if set(data) != expected:
-        raise ValueError(
-            f"{what}: expected the keys {sorted(expected)}, "
-            f"missing {sorted(expected - set(data))}, unknown {sorted(set(data) - expected)}"
-        )

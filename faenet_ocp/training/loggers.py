@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from faenet_ocp.config.schema import LoggerConfig
+from faenet_ocp.evaluation.log_names import LOSS
 
 
 class _Sink(Protocol):
@@ -58,7 +59,7 @@ class _WandB:
 class MetricLogger:
     """Logs numbers by step on the first rank.
 
-    `metrics.jsonl` holds one JSON object a line: `step`, `epoch` and values (`train/loss`, `val_id/energy_mae`, ...).
+    `metrics.jsonl` holds one JSON object a line: `step`, `epoch` and values (`evaluation.log_names`).
     A resumed run drops the lines after the step that it goes on from, so that no step is there twice.
 
     Args:
@@ -123,7 +124,7 @@ def _keep_until(path: Path, step: int, evaluated: bool) -> None:
         except ValueError:
             logging.warning("%s: dropped an incomplete line", path)
             continue
-        repeated = record["step"] == step and not evaluated and "train/loss" not in record
+        repeated = record["step"] == step and not evaluated and LOSS not in record
         if record["step"] <= step and not repeated:
             kept.append(line + "\n")
     temporary = path.with_suffix(f".{os.getpid()}.tmp")

@@ -5,19 +5,18 @@ import logging
 import signal
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import torch.distributed as dist
 from fairchem.core.common import distutils
 from numpy.typing import NDArray
 from omegaconf import DictConfig
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 from torchtnt.framework import State, train
 from torchtnt.framework.callback import Callback
-from tqdm import tqdm
 
 from faenet_ocp import build
 from faenet_ocp.checkpoint import (
@@ -31,15 +30,22 @@ from faenet_ocp.checkpoint import (
 )
 from faenet_ocp.common.files import write_json
 from faenet_ocp.config.schema import Config, SourceConfig
-from faenet_ocp.data.loader import Batches, Key, TrainBatchSampler, even_slice, make_loader
+from faenet_ocp.data.loader import TrainBatchSampler, make_loader
 from faenet_ocp.evaluation.evaluator import Evaluator
-from faenet_ocp.tasks.references import CompositionFit, CompositionRegression
-from faenet_ocp.tasks.tasks import SummedLoss, load_tasks_state, make_tasks, needs_fit, tasks_state
+from faenet_ocp.evaluation.log_names import metric_of
+from faenet_ocp.targets import metrics_of
+from faenet_ocp.tasks.losses import SummedLoss
+from faenet_ocp.tasks.references import (
+    CompositionFit,
+    fit_labels,
+    fits_from_dict,
+    fits_to_dict,
+    labels_of,
+    statistics_sample,
+)
+from faenet_ocp.tasks.tasks import load_tasks_state, make_tasks, needs_fit, tasks_state
 from faenet_ocp.training.loggers import MetricLogger
 from faenet_ocp.training.unit import OCPTrainUnit
-
-_STATISTICS_LIMIT = 1_000_000
-_HIGHER_IS_BETTER = ("within_threshold", "cosine_similarity")
 
 
 class TrainingRun:
@@ -70,7 +76,7 @@ class TrainingRun:
         config, source = self.config, self.config.dataset.train
         if source is None:
             raise ValueError("dataset.train: missing; it says where the training set lies")
-        self.fit = self._statistics(source)
+        self.fits = self._statistics(source)
         dataset = build.make_dataset(config, source, training=True, cache_dir=self.folder / "cache")
         optim = config.optim
         sampler = TrainBatchSampler(
@@ -91,7 +97,7 @@ class TrainingRun:
             context=optim.worker_context,
             pin_memory=not config.job.cpu,
         )
-        self.tasks = make_tasks(config, self.fit)
+        self.tasks = make_tasks(config, self.fits)
         self.unit = OCPTrainUnit(
             job_config=self.job_config,
             model=build.make_model(config),
@@ -170,7 +176,7 @@ class TrainingRun:
             **self.unit.state_dict(),
             "config": self.config.model_dump(mode="json"),
             "tasks": tasks_state(self.tasks),
-            "statistics": self.fit.to_dict() if self.fit else None,
+            "statistics": fits_to_dict(self.fits),
             "best": self.best,
             "epoch_seconds": self.epoch_seconds,
             "pending_evaluation": self.pending_evaluation,
@@ -221,10 +227,10 @@ class TrainingRun:
         if not self.config.dataset.val:
             return
         limit = self.config.evaluation_metrics.max_systems
-        outcomes = self.evaluator.evaluate(self.unit.eval_model, self.tasks, self.fit, max_systems=limit)
+        outcomes = self.evaluator.evaluate(self.unit.eval_model, self.tasks, self.fits, max_systems=limit)
         step = self.unit.train_progress.num_steps_completed
         if self.logger is not None:
-            values = {f"{s}/{name}": value for s, o in outcomes.items() for name, value in o.metrics.items()}
+            values = {metric_of(s, name): value for s, o in outcomes.items() for name, value in o.metrics.items()}
             self.logger.log(step, step / self.unit.steps_per_epoch, values)
         primary = self.config.evaluation_metrics.primary_metric
         value = outcomes[primary.split].metrics[primary.metric]
@@ -238,8 +244,8 @@ class TrainingRun:
         best = self.best["value"]
         if best is None:
             return True
-        higher = any(word in self.config.evaluation_metrics.primary_metric.metric for word in _HIGHER_IS_BETTER)
-        return value > best if higher else value < best
+        metric = metrics_of(self.config.targets)[self.config.evaluation_metrics.primary_metric.metric]
+        return value > best if metric.higher_is_better else value < best
 
     def _final_report(self) -> None:
         path = self.checkpoints / "best.pt"
@@ -251,54 +257,36 @@ class TrainingRun:
             logging.info("the run is finished and reported")
             return
         load_weights(self.unit.raw_model, state)
-        outcomes = self.evaluator.evaluate(self.unit.raw_model, self.tasks, self.fit)
+        outcomes = self.evaluator.evaluate(self.unit.raw_model, self.tasks, self.fits)
         self.evaluator.report(self.unit.raw_model, outcomes, state | {"epoch_seconds": self.epoch_seconds}, str(path))
 
     # ---------------------------------------------------------------------------------- statistics
-    def _statistics(self, source: SourceConfig) -> CompositionFit | None:
+    def _statistics(self, source: SourceConfig) -> dict[str, CompositionFit]:
         """Least squares on compositions and label statistics of the training set, kept in `statistics.json`."""
-        if not needs_fit(self.config) and not self.config.dataset.val:
-            return None
-        path = self.folder / "statistics.json"
-        dataset = build.make_label_dataset(self.config, source)
+        config, path = self.config, self.folder / "statistics.json"
+        if not needs_fit(config) and not config.dataset.val:
+            return {}
+        names = [target.name for target in config.targets if target.has_statistics]
+        dataset = build.make_label_dataset(config, source)
         total = len(dataset)  # type: ignore[arg-type]
-        key = {"src": source.src, "root": self.config.dataset.root, "num_systems": total}
+        key = {"src": source.src, "root": config.dataset.root, "num_systems": total}
         if path.is_file():
             known = json.loads(path.read_text())
-            if known["training_set"] == key:
-                return CompositionFit.from_dict(known["fit"])
-        regression = self._collect(dataset, total)
-        fit = regression.solve()
-        if distutils.is_master():
-            write_json(path, {"training_set": key, "fit": fit.to_dict()})
-        return fit
-
-    def _collect(self, dataset: Dataset, total: int) -> CompositionRegression:
-        """Sums over the training set, each rank its share; above a million systems, a million spread evenly."""
-        used = min(total, _STATISTICS_LIMIT)
-        if used < total:
-            logging.warning("baselines and fits use %d of %d training systems, spread evenly", used, total)
-        chosen = (np.arange(used) * total) // used
-        mine = chosen[even_slice(used, distutils.get_world_size(), distutils.get_rank())]
-        batches = [[(0, int(i)) for i in mine[start : start + 512]] for start in range(0, len(mine), 512)]
-        optim = self.config.optim
+            fits = fits_from_dict(known["fit"])
+            if known["training_set"] == key and set(fits) == set(names):
+                return fits
+        sample = statistics_sample(total).tolist()
         loader = make_loader(
             dataset,
-            _Listed(batches),
-            num_workers=optim.num_workers,
-            context=optim.worker_context,
-            convert=_labels_only,
+            [[(0, index) for index in sample[start : start + 512]] for start in range(0, len(sample), 512)],
+            num_workers=config.optim.num_workers,
+            context=config.optim.worker_context,
+            convert=partial(labels_of, names=names),
         )
-        regression = CompositionRegression()
-        hidden = None if distutils.is_master() else True
-        bar = tqdm(loader, desc="label statistics", unit="batch", leave=False, disable=hidden)
-        for composition, energy in bar:
-            regression.update(composition, energy)
-        if distutils.get_world_size() > 1:
-            sums = regression.sums.to(distutils.get_device_for_local_rank())
-            dist.all_reduce(sums)
-            regression.sums = sums.cpu()
-        return regression
+        fits = fit_labels(loader, names)
+        if distutils.is_master():
+            write_json(path, {"training_set": key, "fit": fits_to_dict(fits)})
+        return fits
 
     def _sizes(self, dataset: Dataset) -> NDArray[np.integer]:
         """Atoms of every training sample: the first rank looks at all if need be, the others take it from there."""
@@ -353,19 +341,3 @@ class _Hooks(Callback):
             if distutils.is_master():
                 logging.warning("stopped; the same command goes on from %s", self.run.checkpoints / "last.pt")
             raise SystemExit(self.run.stop_code)
-
-
-class _Listed(Sampler[list[Key]]):
-    def __init__(self, batches: list[list[Key]]):
-        self.batches = batches
-
-    def __iter__(self) -> Any:
-        return iter(self.batches)
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-
-def _labels_only(batches: Batches) -> tuple[torch.Tensor, torch.Tensor]:
-    (batch,) = batches
-    return batch.composition, batch.energy

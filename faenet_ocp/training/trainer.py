@@ -10,7 +10,7 @@ from torch import nn
 from faenet_ocp import build
 from faenet_ocp.checkpoint import load_checkpoint
 from faenet_ocp.config.schema import Config, nearest
-from faenet_ocp.evaluation.metrics import UNITS
+from faenet_ocp.targets import metrics_of
 from faenet_ocp.training.unit import make_optimizer
 
 MODES = ("train", "validate", "predict")
@@ -54,7 +54,7 @@ class FAENetTrainer:
             splits = dict(config.dataset.test) or splits
         if not splits:
             raise ValueError("dataset: no splits are given")
-        known = UNITS[config.task]
+        known = metrics_of(config.targets)
         metric = config.evaluation_metrics.primary_metric.metric
         for name in [metric, *self._metric_names()]:
             if name not in known:

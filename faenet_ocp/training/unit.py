@@ -26,7 +26,9 @@ from tqdm import tqdm
 
 from faenet_ocp.config.schema import OptimConfig
 from faenet_ocp.data.loader import Batches
-from faenet_ocp.tasks.tasks import SummedLoss, energy_gradient_forces, loss_mask, task_loss
+from faenet_ocp.evaluation import log_names
+from faenet_ocp.tasks.losses import SummedLoss, loss_mask, task_loss
+from faenet_ocp.tasks.tasks import energy_gradient_forces
 from faenet_ocp.training.loggers import MetricLogger
 
 _Tensors = tuple[Tensor, ...] | list[Tensor]
@@ -277,19 +279,19 @@ class OCPTrainUnit(MLIPTrainEvalUnit):
         value = sum(parts.values())
         seconds = time.perf_counter() - self._window_start
         values = {
-            "train/loss": value,
-            "train/lr": learning_rate,
-            "train/samples_per_s": self._window["systems"] * world / seconds,
-            "train/data_wait_share": self._window["wait"] / seconds,
-            "train/grad_norm": float(grad_norm),
+            log_names.LOSS: value,
+            log_names.LEARNING_RATE: learning_rate,
+            log_names.SAMPLES_PER_S: self._window["systems"] * world / seconds,
+            log_names.DATA_WAIT_SHARE: self._window["wait"] / seconds,
+            log_names.GRAD_NORM: float(grad_norm),
         }
         if len(parts) > 1:
-            values |= {f"train/loss_{name}": part for name, part in parts.items()}
+            values |= {log_names.loss_of(name): part for name, part in parts.items()}
         epoch = step / self.steps_per_epoch
         if self.metric_logger is not None:
             self.metric_logger.log(step, epoch, values)
         if distutils.is_master():
-            shown = f"loss {value:.4f}, {values['train/samples_per_s']:.0f} samples/s"
+            shown = f"loss {value:.4f}, {values[log_names.SAMPLES_PER_S]:.0f} samples/s"
             if self._progress_bar is not None:
                 self._progress_bar.set_postfix_str(shown)
             else:
@@ -300,7 +302,7 @@ class OCPTrainUnit(MLIPTrainEvalUnit):
                     self.total_steps,
                     shown,
                     learning_rate,
-                    100 * values["train/data_wait_share"],
+                    100 * values[log_names.DATA_WAIT_SHARE],
                 )
         self._reset_window()
 

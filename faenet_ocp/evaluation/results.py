@@ -1,0 +1,129 @@
+"""The results of a run as one document: the facts that tables are made of, and that `metrics.json` holds."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from faenet_ocp.common.files import plain, software_versions
+from faenet_ocp.targets import Target, metrics_of
+
+FORMAT = 1
+SPLITS = {
+    "val_id": "ID",
+    "val_ood_ads": "OOD Ads",
+    "val_ood_cat": "OOD Cat",
+    "val_ood_both": "OOD Both",
+}
+BASELINES = {
+    "mean_predictor": "mean predictor",
+    "linear_in_composition": "linear in composition",
+}
+OFFICIAL_SIZES = {
+    "is2re": {"val_id": 24943, "val_ood_ads": 24961, "val_ood_cat": 24963, "val_ood_both": 24987},
+    "s2ef": {"val_id": 999866, "val_ood_ads": 999838, "val_ood_cat": 999809, "val_ood_both": 999944},
+}
+"""Systems in OC20's own validation splits: what else is evaluated is never called OC20."""
+
+
+def dataset_label(dataset: str, task: str, sizes: Mapping[str, int]) -> tuple[str, bool]:
+    """What results call a data set with these systems by split, and whether it is OC20's own validation splits."""
+    if dataset != "OC20":
+        return dataset, False
+    if all(OFFICIAL_SIZES[task].get(split) == size for split, size in sizes.items()):
+        return f"OC20 {task.upper()}", True
+    return "OC20's formats, not its validation splits", False
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunInfo:
+    """What was evaluated, where and how; goes into the results as it is.
+
+    Attributes:
+        model: name for the table's row.
+        config: path or name of the YAML.
+        parameters: trainable parameters.
+        checkpoint: path, None for weights that were never saved.
+        step, epoch: of the weights.
+        device: in words, with the number of ranks if more than one.
+        frames: ``{"method": ..., "dim": ..., "group": ...}`` used in this evaluation.
+        seed: of the frames and of a split's subset.
+    """
+
+    model: str
+    config: str
+    parameters: int
+    checkpoint: str | None
+    step: int | None
+    epoch: float | None
+    device: str
+    frames: Mapping[str, Any]
+    seed: int
+    versions: Mapping[str, str | None] = field(default_factory=software_versions)
+    date: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+
+
+def build_results(
+    *,
+    task: str,
+    targets: Sequence[Target],
+    dataset: str,
+    oc20: bool,
+    run: RunInfo,
+    splits: Mapping[str, Mapping[str, float | int]],
+    baselines: Mapping[str, Mapping[str, Mapping[str, float | int]]],
+    forward_samples_per_s: float | None = None,
+    end_to_end_samples_per_s: float | None = None,
+    seconds_per_epoch: float | None = None,
+    epochs: float | None = None,
+) -> dict[str, Any]:
+    """The document that `common.files.write_json` stores and tables are made from.
+
+    Args:
+        task: is2re or s2ef.
+        targets: what is predicted.
+        dataset: what data this is, in words, for tables and plots ("OC20 IS2RE all").
+        oc20: True only for evaluation on OC20's own validation splits; elsewhere the paper's row is marked as not
+            comparable.
+        run: see `RunInfo`.
+        splits: split name to metrics (`validation.SplitOutcome.metrics`).
+        baselines: split name to rows of `BASELINES` to metrics.
+        forward_samples_per_s: model forward passes only (the paper's footnote 6).
+        end_to_end_samples_per_s: with loading and collecting.
+        seconds_per_epoch, epochs: of training.
+
+    Raises:
+        ValueError: a value that JSON does not know, with its place.
+    """
+    metrics = metrics_of(targets)
+    by_row = {name: {split: rows[name] for split, rows in baselines.items() if name in rows} for name in BASELINES}
+    results = {
+        "format": FORMAT,
+        "task": task,
+        "dataset": dataset,
+        "oc20": oc20,
+        "run": asdict(run),
+        "units": {name: metric.unit for name, metric in metrics.items()},
+        "splits": splits,
+        "average": _average(splits, list(metrics)),
+        "baselines": {
+            name: {"splits": rows, "average": _average(rows, list(metrics))} for name, rows in by_row.items()
+        },
+        "throughput": {
+            "forward_samples_per_s": forward_samples_per_s,
+            "end_to_end_samples_per_s": end_to_end_samples_per_s,
+        },
+        "training": {"seconds_per_epoch": seconds_per_epoch, "epochs": epochs},
+    }
+    return plain(results, "results")
+
+
+def _average(splits: Mapping[str, Mapping[str, float | int]], names: Sequence[str]) -> dict[str, float] | None:
+    """Mean over OC20's four validation splits, None unless all four are there."""
+    if not all(split in splits for split in SPLITS):
+        return None
+    return {
+        name: sum(splits[split][name] for split in SPLITS) / len(SPLITS)
+        for name in names
+        if all(name in splits[split] for split in SPLITS)
+    }
