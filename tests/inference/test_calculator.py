@@ -15,7 +15,8 @@ from ase.calculators.calculator import PropertyNotImplementedError
 from ase.constraints import FixAtoms
 
 import small_runs
-from faenet_ocp import FAENetCalculator, OC20LmdbDataset, Predictor, load_checkpoint
+from faenet_ocp import FAENetCalculator, OC20LmdbDataset, Predictor, build, load_checkpoint
+from faenet_ocp.config.schema import build_config
 from faenet_ocp.launch.cli import main
 
 VAL = {"is2re": "is2re/all/val_id", "s2ef": "s2ef/all/val_id"}
@@ -219,6 +220,20 @@ def test_atoms_that_the_model_does_not_see(s2ef: State, caplog: pytest.LogCaptur
         atoms.positions[-1, 2] += shift
         atoms.get_forces()
     assert caplog.text.count("not all of these atoms are fixed") == 1
+
+
+def test_scalars_that_the_configuration_declares(s2ef: State) -> None:
+    """A model of three targets, with weights as they are drawn: `gap` comes in its own units, as a property of ASE."""
+    s2ef["config"]["outputs"]["gap"] = {"unit": "eV"}
+    s2ef["model"], s2ef["ema"] = build.make_model(build_config(s2ef["config"])).state_dict(), None
+    gaps = []
+    for mean, stdev in ((0.0, 1.0), (3.0, 2.0)):
+        s2ef["tasks"]["gap"] = {"mean": mean, "stdev": stdev, "element_references": None}
+        calculator = FAENetCalculator(Predictor(s2ef))
+        gaps.append(calculator.get_property("gap", slab()))
+    assert calculator.predictor.properties == ("energy", "forces", "gap")
+    assert set(calculator.results) == {"energy", "forces", "gap", "free_energy"}
+    assert gaps[1] == pytest.approx(3 + 2 * gaps[0]) != gaps[0]
 
 
 # ------------------------------------------------------------------------------------ state

@@ -350,14 +350,14 @@ def test_relaxed_positions_of_another_shape_are_an_error(tmp_path: Path) -> None
 
 
 def test_batches_of_the_model_take_ases_path(checkpoint: Path) -> None:
-    predictor = Predictor(load_checkpoint(checkpoint), precision="float64", frames="full")
-    limits = {"fmax": 0.01, "max_steps": 12}
+    predictor = Predictor(load_checkpoint(checkpoint), precision="float64", frames="canonical")
+    limits = {"fmax": 0.01, "max_steps": 6}
     results = {r.index: r for r in relax(enumerate(_structures(3)), predictor, batch_size=3, **limits)}
     for index, atoms in enumerate(_structures(3)):
         start = atoms.positions.copy()
         atoms.calc = FAENetCalculator(predictor)
         optimizer = LBFGS(atoms, logfile=None, memory=50)
-        optimizer.run(fmax=0.01, steps=12)
+        optimizer.run(fmax=0.01, steps=6)
         assert optimizer.nsteps == results[index].steps > 0
         np.testing.assert_allclose(results[index].atoms.positions, atoms.positions, rtol=0, atol=1e-6)
         assert np.abs(atoms.positions - start).max() > 1e-2
