@@ -44,10 +44,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--lmdb", type=Path, help="systems of this LMDB instead of generated slabs")
     args = vars(parser.parse_args(argv))
     output, threads, quick = (args.pop(name) for name in ("output", "threads", "quick"))
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in args.items()}
-    settings = dataclasses.replace(
-        QUICK if quick else Settings(), **{name: value for name, value in given.items() if value is not None}
-    )
+    given: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in args.items() if value is not None
+    }
+    settings = dataclasses.replace(QUICK if quick else Settings(), **given)
 
     def save(result: dict[str, Any]) -> None:
         write_json(output, result)

@@ -6,6 +6,7 @@ Legend: N atoms, E edges, B systems. Angstrom.
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -89,7 +90,7 @@ def read_systems(
 ) -> list[AtomicData]:
     """The first `count` systems of an LMDB, and from the beginning again if it has fewer."""
     graph = {"cutoff": cutoff, "max_neighbors": max_neighbors}
-    transforms = {"remove_subsurface": {}} if remove_subsurface else {}
+    transforms: dict[str, Any] = {"remove_subsurface": {}} if remove_subsurface else {}
     dataset = OC20LmdbDataset({"src": str(path), "labels": list(labels), "transforms": transforms, **graph})
     return [dataset[place % len(dataset)] for place in range(count)]
 
