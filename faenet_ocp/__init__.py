@@ -22,7 +22,7 @@ _PUBLIC = {
     "register_transform": "faenet_ocp.data.transforms",
     "FAENetTrainer": "faenet_ocp.training.trainer",
     "FAENetCalculator": "faenet_ocp.inference.calculator",
-    "Predictor": "faenet_ocp.inference.calculator",
+    "Predictor": "faenet_ocp.inference.predictor",
     "relax": "faenet_ocp.inference.relaxation",
     "load_checkpoint": "faenet_ocp.checkpoint",
 }

@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 from faenet_ocp.checkpoint import load_checkpoint
-from faenet_ocp.inference.calculator import FORCE_SOURCES, Predictor
+from faenet_ocp.inference.predictor import FORCE_SOURCES, Predictor
 from faenet_ocp.inference.relaxation_run import METRICS, open_structures, run
 
 

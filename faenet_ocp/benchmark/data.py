@@ -4,15 +4,14 @@ import pickle
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
-from fairchem.core.datasets.atomic_data import AtomicData, atomicdata_list_to_batch
+from fairchem.core.datasets.atomic_data import atomicdata_list_to_batch
 from torch_geometric.data import Batch, Data
 
-from faenet_ocp.benchmark.measure import measure, ratio
+from faenet_ocp.benchmark.measure import measure
 from faenet_ocp.benchmark.systems import make_systems, slab_sizes
 from faenet_ocp.data.lmdb_files import LmdbFile
 from faenet_ocp.data.oc20 import OC20LmdbDataset
@@ -22,69 +21,57 @@ from faenet_ocp.prepare.pack import pack
 
 _BATCHES = 8
 _STORED_NEIGHBORS = 50
-_CUTOFF = 6.0
 _FRAMES = {"dim": 2, "group": "SE", "method": "stochastic"}
 
 
-def data_paths(
-    *, lmdb: Path | None, batch_size: int, rounds: int, max_neighbors: int, remove_subsurface: bool
-) -> dict[str, Any]:
+def load_in_each_way(
+    *, lmdb: Path | None, batch_size: int, rounds: int, cutoff: float, max_neighbors: int, remove_subsurface: bool
+) -> list[dict[str, Any]]:
     """Load the same shuffled systems in each way, in turn.
 
     The first way gives what is in the file; the others also cut the graph (to `max_neighbors`, whole shells), remove
     sub-surface atoms and attach a stochastic frame to each system.
 
     Args:
-        lmdb: the file; None: slabs generated with 50 neighbours, as OC20 stores them.
+        lmdb: the file, whose pickles the first way loads as such; None: generated slabs with OC20's 50 neighbours.
         batch_size: systems in a batch; eight batches are loaded.
         rounds: how often each way is timed.
-        max_neighbors: of the graph.
+        cutoff, max_neighbors: of the graph.
         remove_subsurface: without the atoms of tag 0.
 
     Returns:
-        `systems` loaded in a round, mean `atoms` and `edges` of a record, and the `paths`, each with `model` (what it
-        is), times as in `measure`, `bytes` of a system on disk, and `speed_up` and `speed_up_wall` against the first.
+        a row for each way: `model` (what it is), `systems` loaded in a round, `atoms` and `edges` of these in the file,
+        `bytes` of them on disk, and what `measure` gives.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        source = lmdb or _write_slabs(folder / "slabs.lmdb", _BATCHES * batch_size)
+        source = lmdb or _write_slabs(folder / "slabs.lmdb", _BATCHES * batch_size, cutoff)
         pack(source, folder / "packed")
         packed = folder / "packed" / source.name
+        settings = {"cutoff": cutoff, "max_neighbors": max_neighbors, "labels": ["energy"]}
         transforms: dict[str, Any] = {"remove_subsurface": {}} if remove_subsurface else {}
-        settings = {"cutoff": _CUTOFF, "max_neighbors": max_neighbors, "labels": ["energy"]}
         settings |= {"transforms": transforms | {"frame_averaging": _FRAMES}}
         ours = OC20LmdbDataset({"src": str(source), **settings})
         theirs, flat = LmdbFile(source), OC20PackedDataset({"src": str(packed), **settings})
         order = np.random.default_rng(0).permutation(max(len(ours), _BATCHES * batch_size)) % len(ours)
-        batches = [order[start : start + batch_size].tolist() for start in range(0, _BATCHES * batch_size, batch_size)]
+        batches = order[: _BATCHES * batch_size].reshape(_BATCHES, batch_size).tolist()
         ways: dict[str, tuple[Callable[[list[int]], Any], Path]] = {
             "pickle and PyG's collate, nothing else": (lambda keys: _stock(theirs, keys), source),
-            "ours, sample by sample": (lambda keys: _one_by_one(ours, keys), source),
+            "ours, sample by sample": (lambda keys: atomicdata_list_to_batch([ours[key] for key in keys]), source),
             "ours, whole batches (oc20_lmdb)": (ours.load_batch, source),
             "packed, whole batches (oc20_packed)": (flat.load_batch, packed),
         }
-        times = measure([_repeat(way, batches) for way, _ in ways.values()], torch.device("cpu"), rounds)
-        paths = [
-            {"model": model, "bytes": path.stat().st_size / len(ours), **row}
+        times = measure([_over(batches, way) for way, _ in ways.values()], torch.device("cpu"), rounds)
+        stock = [_stock(theirs, keys) for keys in batches]
+        sizes = {"systems": _BATCHES * batch_size, "atoms": sum(batch.num_nodes for batch in stock)}
+        sizes["edges"] = sum(batch.num_edges for batch in stock)
+        return [
+            {"model": model, **sizes, "bytes": path.stat().st_size * sizes["systems"] / len(ours), **row}
             for (model, (_, path)), row in zip(ways.items(), times, strict=True)
         ]
-        for row in paths:
-            row |= {"speed_up": ratio(paths[0], row), "speed_up_wall": ratio(paths[0], row, "wall_seconds")}
-        stock = _stock(theirs, batches[0])
-        means = {"atoms": stock.num_nodes / batch_size, "edges": stock.num_edges / batch_size}
-    return {"systems": _BATCHES * batch_size, "batch_size": batch_size, **means, "paths": paths}
 
 
-def table(group: dict[str, Any]) -> list[list[str]]:
-    """The rows of a Markdown table, the first of them its heads."""
-    rows = [["records to batches of " + str(group["batch_size"]), "systems/s", "speed-up", "(wall)", "kB/system"]]
-    for path in group["paths"]:
-        speeds = [f"{path['speed_up']:.2f}", f"{path['speed_up_wall']:.2f}", f"{path['bytes'] / 1000:.1f}"]
-        rows.append([path["model"], f"{group['systems'] / median(path['seconds']):.0f}", *speeds])
-    return rows
-
-
-def _repeat(way: Callable[[list[int]], Any], batches: Sequence[list[int]]) -> Callable[[], None]:
+def _over(batches: Sequence[list[int]], way: Callable[[list[int]], Any]) -> Callable[[], None]:
     def function() -> None:
         for keys in batches:
             way(keys)
@@ -102,30 +89,14 @@ def _renewed(sample: Data) -> Data:
     return Data.from_dict({name: value for name, value in sample.__dict__.items() if value is not None})
 
 
-def _one_by_one(dataset: OC20LmdbDataset, keys: list[int]) -> AtomicData:
-    return atomicdata_list_to_batch([dataset[key] for key in keys])
-
-
-def _write_slabs(path: Path, count: int) -> Path:
-    systems = make_systems(slab_sizes(count), cutoff=_CUTOFF, max_neighbors=_STORED_NEIGHBORS, remove_subsurface=False)
+def _write_slabs(path: Path, count: int, cutoff: float) -> Path:
+    systems = make_systems(slab_sizes(count), cutoff=cutoff, max_neighbors=_STORED_NEIGHBORS, remove_subsurface=False)
     with LmdbShardWriter(path) as writer:
-        for number, data in enumerate(systems):
-            zeros = torch.zeros_like(data.pos)
-            fields = {
-                "edge_index": data.edge_index,
-                "pos": data.pos,
-                "cell": data.cell,
-                "atomic_numbers": data.atomic_numbers.float(),
-                "natoms": len(data.pos),
-                "tags": data.tags,
-                "fixed": data.fixed.float(),
-                "sid": number,
-                "cell_offsets": data.cell_offsets,
-                "distances": torch.zeros(len(data.cell_offsets)),
-                "y_init": 0.0,
-                "y_relaxed": float(data.energy),
-                "pos_relaxed": data.pos.clone(),
-                "force": zeros,
-            }
-            writer.append(Data(**fields))
+        for data in systems:
+            names = ("edge_index", "pos", "cell", "tags", "cell_offsets")
+            fields: dict[str, Any] = {name: data[name] for name in names} | {"pos_relaxed": data.pos.clone()}
+            fields |= {"atomic_numbers": data.atomic_numbers.float(), "fixed": data.fixed.float()}
+            fields |= {"distances": torch.zeros(len(data.cell_offsets)), "force": torch.zeros_like(data.pos)}
+            fields |= {"natoms": len(data.pos), "sid": int(data.sid[0]), "y_init": 0.0}
+            writer.append(Data(**fields, y_relaxed=float(data.energy)))
     return path

@@ -19,10 +19,11 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 def measure(functions: Sequence[Callable[[], Any]], device: torch.device, rounds: int) -> list[dict[str, Any]]:
     """Times of each function, in seconds, and the peak of its memory above what it started from, in bytes.
 
-    Every function runs once before (that run gives the memory), then all run in turn, `rounds` times.
+    Every function runs twice before (the second run gives the memory), then all run in turn, `rounds` times.
 
     Returns:
-        for each `seconds` (what ratios are made of), `wall_seconds` and `peak_bytes` (None where unknown).
+        for each `seconds` and `wall_seconds` (one a round), `peak_bytes` (None where unknown), and `speed_up` and
+        `speed_up_wall`: how many times as fast as the first function, by medians.
     """
     results: list[dict[str, Any]] = []
     for function in functions:
@@ -33,12 +34,10 @@ def measure(functions: Sequence[Callable[[], Any]], device: torch.device, rounds
             seconds, wall = _time(function, device)
             result["seconds"].append(seconds)
             result["wall_seconds"].append(wall)
+    for result in results:
+        result["speed_up"] = median(results[0]["seconds"]) / median(result["seconds"])
+        result["speed_up_wall"] = median(results[0]["wall_seconds"]) / median(result["wall_seconds"])
     return results
-
-
-def ratio(reference: dict[str, Any], row: dict[str, Any], key: str = "seconds") -> float:
-    """How many times as fast as the reference a row is, by medians."""
-    return median(reference[key]) / median(row[key])
 
 
 def _time(function: Callable[[], Any], device: torch.device) -> tuple[float, float]:

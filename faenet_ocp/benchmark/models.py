@@ -1,7 +1,7 @@
 """The models that are compared, each with one way to predict from a batch.
 
-Settings: FAENet's are the paper's (Table 7), SchNet's those of OCP's configs `is2re/all/schnet` and `s2ef/2M/schnet`,
-eSCN-MD's a small setting of ours (4 layers, 128 channels, lmax 2).
+Settings: FAENet's are those of `configs/<task>/faenet.yml` (the paper's Table 7), SchNet's those of OCP's configs
+`is2re/all/schnet` and `s2ef/2M/schnet`, eSCN-MD's a small setting of ours (4 layers, 128 channels, lmax 2).
 """
 
 from collections.abc import Callable
@@ -15,55 +15,23 @@ from torch import Tensor, nn
 from torch_geometric.data import Data
 from torch_geometric.nn.models import SchNet
 
+from faenet_ocp import build
 from faenet_ocp.benchmark.published import build_published
+from faenet_ocp.config.schema import build_config, find_config, load_yaml
 from faenet_ocp.graph.neighbors import edge_vectors
-from faenet_ocp.models.fairchem import FrameAveragedModel
 from faenet_ocp.models.reference_weights import load_reference_state_dict
+from faenet_ocp.targets import TASKS
+from faenet_ocp.tasks.tasks import conservative_outputs, make_tasks
 
 Outputs = dict[str, Tensor]
-CUTOFF = 6.0
-TASKS = ("is2re", "s2ef")
-MAX_NEIGHBORS = {"is2re": 40, "s2ef": 30}
-_ENERGY_HEAD = "weighted-av-final-embeds"
-_FORCE_CHANNELS = 256
-FAENET: dict[str, dict[str, Any]] = {
-    "is2re": {
-        "hidden_channels": 384,
-        "num_filters": 480,
-        "num_interactions": 5,
-        "num_gaussians": 104,
-        "tag_hidden_channels": 64,
-        "pg_hidden_channels": 64,
-        "phys_embeds": True,
-        "mp_type": "base",
-        "skip_co": "concat",
-    },
-    "s2ef": {
-        "hidden_channels": 256,
-        "num_filters": 480,
-        "num_interactions": 7,
-        "num_gaussians": 136,
-        "tag_hidden_channels": 32,
-        "pg_hidden_channels": 32,
-        "phys_embeds": False,
-        "mp_type": "updownscale_base",
-        "skip_co": "none",
-    },
-}
+_SMALL = {"num_filters": 32, "num_interactions": 2, "num_gaussians": 16}
+_SMALL |= {"hidden_channels": 48, "tag_hidden_channels": 8, "pg_hidden_channels": 8}
 _SCHNET: dict[str, dict[str, Any]] = {
     "is2re": {"hidden_channels": 384, "num_filters": 128, "num_interactions": 4, "num_gaussians": 100},
     "s2ef": {"hidden_channels": 1024, "num_filters": 256, "num_interactions": 5, "num_gaussians": 200},
 }
-_ESCN = {
-    "sphere_channels": 128,
-    "lmax": 2,
-    "mmax": 2,
-    "num_layers": 4,
-    "hidden_channels": 128,
-    "edge_channels": 128,
-    "num_distance_basis": 64,
-    "cutoff": CUTOFF,
-}
+_ESCN = {"sphere_channels": 128, "lmax": 2, "mmax": 2, "num_layers": 4, "hidden_channels": 128}
+_ESCN |= {"edge_channels": 128, "num_distance_basis": 64}
 
 
 @dataclass
@@ -90,75 +58,60 @@ class Contender:
             return self.predict(batch)
 
 
-def small(task: str) -> dict[str, Any]:
-    """FAENet's options of a task with few channels and blocks: for quick checks."""
-    sizes = {"num_filters": 32, "num_interactions": 2, "num_gaussians": 16}
-    return {**FAENET[task], **sizes, "hidden_channels": 48, "tag_hidden_channels": 8, "pg_hidden_channels": 8}
+def _shipped(task: str, *, small: bool) -> dict[str, Any]:
+    """The shipped configuration of a task; `small`: with few channels and blocks, for quick checks."""
+    config = load_yaml(find_config(f"configs/{task}/faenet.yml"))
+    config["model"] |= _SMALL if small else {}
+    return config
+
+
+def graph(task: str) -> dict[str, Any]:
+    """`cutoff` and `max_neighbors` of a task's FAENet; all models get the same graph."""
+    return {name: _shipped(task, small=False)["model"][name] for name in ("cutoff", "max_neighbors")}
 
 
 def faenet(
     task: str,
-    options: dict[str, Any],
     *,
+    small: bool = False,
     frames: dict[str, Any] | None = None,
-    graph_norm: str = "batch",
+    graph_norm: str = "system",
     amp: bool = False,
     conservative: bool = False,
     name: str = "",
-    seed: int = 0,
 ) -> Contender:
     """This package's FAENet; graph_norm "batch" is the published package's; `conservative`: forces are -dE/dX."""
-    torch.manual_seed(seed)
-    heads: dict[str, Any] = {
-        "energy": {"module": "faenet_energy_head", "energy_head": _ENERGY_HEAD, "skip_co": options["skip_co"]}
-    }
-    if task == "s2ef":
-        heads["forces"] = {"module": "faenet_force_head", "force_hidden_channels": _FORCE_CHANNELS}
-    backbone = {"model": "faenet", **options, "complex_mp": True, "cutoff": CUTOFF, "graph_norm": graph_norm}
-    model = FrameAveragedModel(backbone=backbone, heads=heads, frames=frames)
+    raw = _shipped(task, small=small)
+    raw["model"]["graph_norm"] = graph_norm
+    raw["frames"] = frames or {"method": "none"}
+    config = build_config(raw)
+    model, tasks = build.make_model(config), make_tasks(config, {})
 
     def predict(batch: AtomicData) -> Outputs:
-        return {key: value[key] for key, value in model(batch).items()}
+        outputs = conservative_outputs(model, tasks, batch.clone()) if conservative else model(batch)
+        return {key: value[key] for key, value in outputs.items()}
 
-    def differentiate(batch: AtomicData) -> Outputs:
-        batch = batch.clone()
-        with torch.enable_grad():
-            batch.pos.requires_grad_(True)
-            energy = model(batch, through_frames=True)["energy"]["energy"]
-            (gradient,) = torch.autograd.grad(energy.sum(), batch.pos)
-        return {"energy": energy.detach(), "forces": -gradient}
-
-    label = "FAENet, bf16" if amp else "FAENet"
-    function = differentiate if conservative else predict
-    return Contender(name or label, model, function, backbone | {"frames": frames}, amp)
+    settings = {**config.model, "frames": frames}
+    return Contender(name or "FAENet" + (", bf16" if amp else ""), model, predict, settings, amp)
 
 
-def published(task: str, options: dict[str, Any], *, amp: bool = False) -> Contender:
+def published(task: str, *, small: bool = False) -> Contender:
     """The published package's FAENet, without frames.
 
     Raises:
         ImportError: the package is not installed.
     """
     torch.manual_seed(0)
-    arguments = {
-        **options,
-        "complex_mp": True,
-        "second_layer_MLP": False,
-        "energy_head": _ENERGY_HEAD,
-        "cutoff": CUTOFF,
-    }
-    model = build_published(arguments, forces=task == "s2ef", force_hidden_channels=_FORCE_CHANNELS)
+    options = _shipped(task, small=small)["model"]
+    model = build_published(options, forces=task == "s2ef")
 
     def predict(batch: AtomicData) -> Outputs:
         fields = ("pos", "atomic_numbers", "tags", "batch", "edge_index", "cell", "cell_offsets")
         data = Data(**{name: getattr(batch, name) for name in fields}, neighbors=batch.nedges)
         outputs = model(data, mode="inference")
-        return {key: value[:, 0] if key == "energy" else value for key, value in outputs.items() if key in _KEYS[task]}
+        return {key: outputs[key][:, 0] if key == "energy" else outputs[key] for key in TASKS[task]}
 
-    return Contender("published faenet 0.1.3" + (", bf16" if amp else ""), model, predict, arguments, amp)
-
-
-_KEYS = {"is2re": ("energy",), "s2ef": ("energy", "forces")}
+    return Contender("published faenet 0.1.3", model, predict, options)
 
 
 def same_weights(ours: Contender, theirs: Contender) -> None:
@@ -175,11 +128,11 @@ def same_weights(ours: Contender, theirs: Contender) -> None:
 def schnet(task: str, *, amp: bool = False) -> Contender:
     """PyG's SchNet on the batch's graph; forces of S2EF are -dE/dX, as in OCP."""
     torch.manual_seed(0)
-    graph: dict[str, Tensor] = {}
+    edges: dict[str, Tensor] = {}
     model = SchNet(
         **_SCHNET[task],
-        cutoff=CUTOFF,
-        interaction_graph=lambda pos, batch: (graph["edge_index"], graph["distance"]),
+        cutoff=graph(task)["cutoff"],
+        interaction_graph=lambda pos, batch: (edges["edge_index"], edges["distance"]),
     )
 
     def predict(batch: AtomicData) -> Outputs:
@@ -188,7 +141,7 @@ def schnet(task: str, *, amp: bool = False) -> Contender:
             pos = batch.pos.detach().requires_grad_(forces)
             of_edge = batch.batch[batch.edge_index[1]]
             vectors = edge_vectors(pos, batch.cell, batch.edge_index, batch.cell_offsets, of_edge)
-            graph.update(edge_index=batch.edge_index, distance=vectors.norm(dim=1))
+            edges.update(edge_index=batch.edge_index, distance=vectors.norm(dim=1))
             energy = model(batch.atomic_numbers, pos, batch.batch)[:, 0]
             if not forces:
                 return {"energy": energy}
@@ -202,19 +155,15 @@ def escn_md() -> Contender:
     """fairchem's eSCN-MD at a small size, energy only, on the batch's graph."""
     torch.manual_seed(0)
     path = "fairchem.core.models.uma.escn_md"
-    switches = {
-        "otf_graph": False,
-        "direct_forces": True,
-        "regress_forces": False,
-        "always_use_pbc": False,
-        "use_dataset_embedding": False,
-    }
+    settings = {**_ESCN, "cutoff": graph("is2re")["cutoff"]}
+    switches = {"direct_forces": True}
+    switches |= dict.fromkeys(("otf_graph", "regress_forces", "always_use_pbc", "use_dataset_embedding"), False)
     model = HydraModel(
-        backbone={"model": f"{path}.eSCNMDBackbone", **_ESCN, **switches},
+        backbone={"model": f"{path}.eSCNMDBackbone", **settings, **switches},
         heads={"energy": {"module": f"{path}.MLP_Energy_Head"}},
     )
 
     def predict(batch: AtomicData) -> Outputs:
         return {"energy": model(batch)["energy"]["energy"]}
 
-    return Contender("eSCN-MD, small (fairchem)", model, predict, _ESCN)
+    return Contender("eSCN-MD, small (fairchem)", model, predict, settings)

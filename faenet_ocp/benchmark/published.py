@@ -6,6 +6,8 @@ longer offers. Both are put right while the model is built, with the element val
 
 import sys
 import types
+from collections.abc import Mapping
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -14,9 +16,12 @@ from torch_geometric.utils import scatter
 
 from faenet_ocp.common.elements import NUM_GROUPS, PROPERTIES, element_table
 
+_OURS = {"name", "max_neighbors", "graph_norm", "skip_co", "force_decoder_type", "force_hidden_channels"}
+"""Options that the package does not have, or names otherwise."""
 
-def build_published(options: dict, *, forces: bool, force_hidden_channels: int) -> nn.Module:
-    """The package's FAENet with these options of ours.
+
+def build_published(options: Mapping[str, Any], *, forces: bool) -> nn.Module:
+    """The package's FAENet with these options of ours (the section `model:`).
 
     Raises:
         ImportError: the package is not installed (extra `reference`).
@@ -44,12 +49,13 @@ def build_published(options: dict, *, forces: bool, force_hidden_channels: int) 
         patch.object(faenet.embedding, "fetch_table", lambda name: frame.copy()),
         patch.object(faenet.embedding, "fetch_ionization_energies", lambda degree: ionisation),
     ):
-        known = {name: value for name, value in options.items() if name not in ("graph_norm", "skip_co")}
         return faenet.model.FAENet(
-            **known,
+            **{name: value for name, value in options.items() if name not in _OURS},
             graph_norm=True,
             skip_co=False if options["skip_co"] == "none" else options["skip_co"],
             regress_forces="direct" if forces else None,
             force_decoder_type="mlp",
-            force_decoder_model_config={"mlp": {"hidden_channels": force_hidden_channels, "norm": "batch1d"}},
+            force_decoder_model_config={
+                "mlp": {"hidden_channels": options.get("force_hidden_channels", 0), "norm": "batch1d"}
+            },
         )

@@ -1,33 +1,32 @@
 """What is measured: groups of rows, each compared with the first row of its group.
 
-Every group is one JSON object: `name`, `task`, `mode` (inference or training step), sizes of the batch, and `rows` with
-raw times. A row that cannot run here says why instead.
+Every group is one JSON object: `name`, `task`, `mode` (inference or training step), and `rows` with the sizes of the
+batch and raw times. A group that cannot run here says why instead.
 """
 
 import datetime
-import logging
 import platform
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from fairchem.core.datasets.atomic_data import AtomicData
-from torch import Tensor
 from tqdm import tqdm
 
 from faenet_ocp.benchmark import models
-from faenet_ocp.benchmark.data import data_paths
-from faenet_ocp.benchmark.measure import measure, ratio
-from faenet_ocp.benchmark.models import FAENET, MAX_NEIGHBORS, Contender, Outputs
+from faenet_ocp.benchmark.data import load_in_each_way
+from faenet_ocp.benchmark.measure import measure
+from faenet_ocp.benchmark.models import Contender, Outputs
 from faenet_ocp.benchmark.systems import make_batch, make_systems, read_systems, slab_sizes
 from faenet_ocp.common.files import software_versions
+from faenet_ocp.targets import TASKS
 
-logger = logging.getLogger(__name__)
-
-MODES = ("inference", "training step")
+Group = dict[str, Any]
 GROUPS = ("published", "peers", "frames", "forces", "batch sizes", "system sizes", "data")
+_FEW = 8
+"""Systems at most, where a model or eight frames are slow."""
 
 
 @dataclass(frozen=True)
@@ -56,155 +55,144 @@ class Settings:
     remove_subsurface: bool = True
     lmdb: Path | None = None
 
+    def batch(self, task: str, size: int) -> AtomicData:
+        """A batch of `size` systems with a task's graph and labels, on the device."""
+        graph = {"remove_subsurface": self.remove_subsurface, **models.graph(task)}
+        if self.lmdb is None:
+            systems = make_systems(slab_sizes(size), **graph)
+        else:
+            systems = read_systems(self.lmdb, size, labels=TASKS[task], **graph)
+        return make_batch(systems, torch.device(self.device))
+
 
 QUICK = Settings(batch_size=2, batch_sizes=(1, 4), system_sizes=(20, 60), rounds=1, small=True)
 
 
-def run(settings: Settings, *, save: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any]:
+def run(settings: Settings, *, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """Measure everything; the result is what `report` shows and JSON keeps.
 
     Args:
         settings: what to run.
         save: called with the result so far after each group, because all of them take an hour on a slow machine.
     """
-    device = torch.device(settings.device)
-    groups: list[dict[str, Any]] = []
+    groups: list[Group] = []
     result = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "device": _device_name(device),
+        "device": _device_name(torch.device(settings.device)),
         "threads": torch.get_num_threads(),
         "versions": software_versions(),
-        "settings": {**settings.__dict__, "lmdb": settings.lmdb and settings.lmdb.name},
+        "settings": {**asdict(settings), "lmdb": settings.lmdb and settings.lmdb.name},
         "groups": groups,
     }
-    makers: dict[str, Callable[[Settings], list[dict[str, Any]]]] = {
-        "published": _published,
-        "peers": _peers,
-        "frames": _frames,
-        "forces": _forces,
-        "batch sizes": _batch_sizes,
-        "system sizes": _system_sizes,
-        "data": _data,
-    }
+    makers = (_published, _peers, _frames, _forces, _batch_sizes, _system_sizes, _data)
+    chosen = dict(zip(GROUPS, makers, strict=True))
     for name in tqdm(settings.groups, desc="benchmark", unit="group", disable=None):
-        groups += makers[name](settings)
-        if save is not None:
-            save(result)
+        groups += chosen[name](settings)
+        save(result)
     return result
 
 
 # ------------------------------------------------------------------------------------ groups
-def _published(settings: Settings) -> list[dict[str, Any]]:
-    """Against the published package with the same weights; outputs are checked to be equal first."""
-    groups = []
-    for task in models.TASKS:
-        options = models.small(task) if settings.small else FAENET[task]
-        batch = _batch(settings, task, settings.batch_size)
+def _published(settings: Settings) -> Iterator[Group]:
+    """Against the published package with the same weights; the difference of the outputs is shown."""
+    for task in TASKS:
         try:
-            reference = models.published(task, options)
+            reference = models.published(task, small=settings.small)
         except ImportError as error:
-            groups.append({"name": "published", "task": task, "unavailable": str(error)})
+            yield {"name": "published", "task": task, "unavailable": str(error)}
             continue
-        contenders = [reference, models.faenet(task, options), models.faenet(task, options, amp=True)]
-        for contender in contenders[1:]:
+        ours = [models.faenet(task, small=settings.small, graph_norm="batch", amp=amp) for amp in (False, True)]
+        for contender in ours:
             models.same_weights(contender, reference)
-        for mode in MODES:
-            groups.append(_group("published", task, mode, settings, [(one, batch) for one in contenders]))
-    return groups
+        batch = settings.batch(task, settings.batch_size)
+        yield from _groups("published", task, settings, [(one, batch) for one in (reference, *ours)])
 
 
-def _peers(settings: Settings) -> list[dict[str, Any]]:
-    """Against other models, random weights, our norm and one stochastic frame: what a user would run."""
-    groups = []
-    stochastic = {"method": "stochastic", "dim": 2, "group": "SE"}
-    for task in models.TASKS:
-        options = models.small(task) if settings.small else FAENET[task]
-        batch = _batch(settings, task, min(settings.batch_size, 8))
-        own = [models.faenet(task, options, frames=stochastic, graph_norm="system", amp=amp) for amp in (False, True)]
-        schnet = [models.schnet(task, amp=amp) for amp in (False, True)]
-        others = [models.escn_md()] if task == "is2re" else []
-        for mode in MODES:
-            groups.append(_group("peers", task, mode, settings, [(one, batch) for one in [*schnet, *own, *others]]))
-    return groups
+def _peers(settings: Settings) -> Iterator[Group]:
+    """Against other models, random weights, one stochastic frame: what a user would run."""
+    frames = {"method": "stochastic", "dim": 2, "group": "SE"}
+    for task in TASKS:
+        batch = settings.batch(task, min(settings.batch_size, _FEW))
+        contenders = [models.schnet(task, amp=amp) for amp in (False, True)]
+        contenders += [models.faenet(task, small=settings.small, frames=frames, amp=amp) for amp in (False, True)]
+        contenders += [models.escn_md()] if task == "is2re" else []
+        yield from _groups("peers", task, settings, [(one, batch) for one in contenders])
 
 
-def _frames(settings: Settings) -> list[dict[str, Any]]:
+def _frames(settings: Settings) -> Iterator[Group]:
     """One stochastic frame against none, canonical and all eight."""
-    options = models.small("is2re") if settings.small else FAENET["is2re"]
-    batch = _batch(settings, "is2re", min(settings.batch_size, 8))
-    contenders = [
-        models.faenet("is2re", options, frames={"method": method, "dim": 3, "group": "E"}, name=f"frames: {method}")
-        for method in ("stochastic", "none", "canonical", "full")
-    ]
-    return [_group("frames", "is2re", mode, settings, [(one, batch) for one in contenders]) for mode in MODES]
-
-
-def _forces(settings: Settings) -> list[dict[str, Any]]:
-    """What -dE/dX costs in evaluation beside the predicted forces, in canonical frames."""
-    options = models.small("s2ef") if settings.small else FAENET["s2ef"]
-    batch = _batch(settings, "s2ef", min(settings.batch_size, 8))
-    frames = {"method": "canonical", "dim": 2, "group": "SE"}
-    contenders = [
-        models.faenet("s2ef", options, frames=frames, graph_norm="system", conservative=conservative, name=name)
-        for name, conservative in (("forces predicted", False), ("forces -dE/dX", True))
-    ]
-    return [_group("forces", "s2ef", "inference", settings, [(one, batch) for one in contenders])]
-
-
-def _batch_sizes(settings: Settings) -> list[dict[str, Any]]:
-    options = models.small("is2re") if settings.small else FAENET["is2re"]
+    batch = settings.batch("is2re", min(settings.batch_size, _FEW))
     rows = []
-    for size in settings.batch_sizes:
-        contender = models.faenet("is2re", options, graph_norm="system", name=f"{size} systems")
-        rows.append((contender, _batch(settings, "is2re", size)))
-    return [_group("batch sizes", "is2re", "inference", settings, rows)]
+    for method in ("stochastic", "none", "canonical", "full"):
+        frames = {"method": method, "dim": 3, "group": "E"}
+        rows.append((models.faenet("is2re", small=settings.small, frames=frames, name=f"frames: {method}"), batch))
+    return _groups("frames", "is2re", settings, rows)
 
 
-def _system_sizes(settings: Settings) -> list[dict[str, Any]]:
+def _forces(settings: Settings) -> Iterator[Group]:
+    """What -dE/dX costs in evaluation beside the predicted forces, in canonical frames."""
+    batch = settings.batch("s2ef", min(settings.batch_size, _FEW))
+    frames = {"method": "canonical", "dim": 2, "group": "SE"}
+    rows = []
+    for name, conservative in (("forces predicted", False), ("forces -dE/dX", True)):
+        contender = models.faenet("s2ef", small=settings.small, frames=frames, conservative=conservative, name=name)
+        rows.append((contender, batch))
+    return _groups("forces", "s2ef", settings, rows, modes=("inference",))
+
+
+def _batch_sizes(settings: Settings) -> Iterator[Group]:
+    rows = [
+        (models.faenet("is2re", small=settings.small, name=f"{size} systems"), settings.batch("is2re", size))
+        for size in settings.batch_sizes
+    ]
+    return _groups("batch sizes", "is2re", settings, rows, modes=("inference",))
+
+
+def _system_sizes(settings: Settings) -> Iterator[Group]:
     """One slab of many atoms, or as many slabs of fewer as make up 500."""
-    options = models.small("is2re") if settings.small else FAENET["is2re"]
     rows = []
     for size in settings.system_sizes:
-        systems = make_systems(
-            [size] * max(1, 500 // size), cutoff=models.CUTOFF, max_neighbors=40, remove_subsurface=False
-        )
-        contender = models.faenet("is2re", options, graph_norm="system", name=f"{size} atoms each")
+        systems = make_systems([size] * max(1, 500 // size), remove_subsurface=False, **models.graph("is2re"))
+        contender = models.faenet("is2re", small=settings.small, name=f"{size} atoms each")
         rows.append((contender, make_batch(systems, torch.device(settings.device))))
-    return [_group("system sizes", "is2re", "inference", settings, rows)]
+    return _groups("system sizes", "is2re", settings, rows, modes=("inference",))
 
 
-def _data(settings: Settings) -> list[dict[str, Any]]:
+def _data(settings: Settings) -> Iterator[Group]:
     """Records on disk to batches; on the CPU in any case."""
-    paths = data_paths(
+    rows = load_in_each_way(
         lmdb=settings.lmdb,
         batch_size=settings.batch_size,
         rounds=settings.rounds,
-        max_neighbors=MAX_NEIGHBORS["is2re"],
         remove_subsurface=settings.remove_subsurface,
+        **models.graph("is2re"),
     )
-    return [{"name": "data", "task": "is2re", "mode": "loading", **paths}]
+    yield {"name": "data", "task": "is2re", "mode": "loading", "rows": rows}
 
 
 # ------------------------------------------------------------------------------------ one group
-def _group(
-    name: str, task: str, mode: str, settings: Settings, rows: Sequence[tuple[Contender, AtomicData]]
-) -> dict[str, Any]:
+def _groups(
+    name: str,
+    task: str,
+    settings: Settings,
+    rows: Sequence[tuple[Contender, AtomicData]],
+    modes: Sequence[str] = ("inference", "training step"),
+) -> Iterator[Group]:
     device = torch.device(settings.device)
-    for contender, _ in rows:
-        contender.module.to(device).train(mode != "inference")
-    step = _inference if mode == "inference" else _training_step
-    times = measure([step(contender, batch) for contender, batch in rows], device, settings.rounds)
-    shown = [_row(contender, batch, time) for (contender, batch), time in zip(rows, times, strict=True)]
-    expected = _predictions(*rows[0])
-    for row, (contender, batch) in zip(shown, rows, strict=True):
-        row["speed_up"] = ratio(shown[0], row)
-        row["speed_up_wall"] = ratio(shown[0], row, "wall_seconds")
+    for mode in modes:
+        for contender, _ in rows:
+            contender.module.to(device).train(mode != "inference")
+        step = _inference if mode == "inference" else _training_step
+        times = measure([step(*row) for row in rows], device, settings.rounds)
+        shown = [_describe(*row) | time for row, time in zip(rows, times, strict=True)]
         if name == "published" and mode == "inference":
-            row["difference"] = _difference(expected, _predictions(contender, batch))
-    return {"name": name, "task": task, "mode": mode, "rows": shown}
+            expected = _inference(*rows[0])()
+            for row, described in zip(rows, shown, strict=True):
+                described["difference"] = _difference(expected, _inference(*row)())
+        yield {"name": name, "task": task, "mode": mode, "rows": shown}
 
 
-def _row(contender: Contender, batch: AtomicData, times: dict[str, Any]) -> dict[str, Any]:
+def _describe(contender: Contender, batch: AtomicData) -> dict[str, Any]:
     return {
         "model": contender.name,
         "settings": contender.settings,
@@ -213,7 +201,6 @@ def _row(contender: Contender, batch: AtomicData, times: dict[str, Any]) -> dict
         "systems": len(batch.natoms),
         "atoms": len(batch.pos),
         "edges": batch.edge_index.shape[1],
-        **times,
     }
 
 
@@ -241,40 +228,21 @@ def _training_step(contender: Contender, batch: AtomicData) -> Callable[[], None
     return function
 
 
-def _predictions(contender: Contender, batch: AtomicData) -> Outputs:
-    with torch.no_grad():
-        return {name: value.float() for name, value in contender(batch).items()}
-
-
 def _difference(expected: Outputs, got: Outputs) -> dict[str, float]:
     """Largest difference of each output, as a share of the largest expected value."""
-
-    def share(name: str) -> float:
-        largest: Tensor = expected[name].abs().max()
-        return float((got[name] - expected[name]).abs().max() / largest)
-
-    return {name: share(name) for name in expected}
-
-
-def _batch(settings: Settings, task: str, size: int) -> AtomicData:
-    graph: dict[str, Any] = {"cutoff": models.CUTOFF, "max_neighbors": MAX_NEIGHBORS[task]}
-    if settings.lmdb is not None:
-        labels = ["energy", "forces"] if task == "s2ef" else ["energy"]
-        systems = read_systems(
-            settings.lmdb, size, remove_subsurface=settings.remove_subsurface, labels=labels, **graph
-        )
-    else:
-        systems = make_systems(slab_sizes(size), remove_subsurface=settings.remove_subsurface, **graph)
-    return make_batch(systems, torch.device(settings.device))
+    return {
+        name: float((got[name].float() - value.float()).abs().max() / value.float().abs().max())
+        for name, value in expected.items()
+    }
 
 
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpu = Path("/proc/cpuinfo")
-    if cpu.is_file():
-        fields = dict(line.split(":", 1) for line in cpu.read_text().split("\n\n")[0].splitlines() if ":" in line)
-        named = {key.strip(): value.strip() for key, value in fields.items()}
-        flags = [flag for flag in ("avx512f", "avx512_bf16", "amx_bf16") if flag in named.get("flags", "").split()]
-        return ", ".join([named.get("model name", platform.machine()), *flags])
-    return platform.processor() or platform.machine()
+    if not cpu.is_file():
+        return platform.processor() or platform.machine()
+    lines = [line.split(":", 1) for line in cpu.read_text().split("\n\n")[0].splitlines() if ":" in line]
+    fields = {key.strip(): value.strip() for key, value in lines}
+    flags = [flag for flag in ("avx512f", "avx512_bf16", "amx_bf16") if flag in fields.get("flags", "").split()]
+    return ", ".join([fields.get("model name", platform.machine()), *flags])

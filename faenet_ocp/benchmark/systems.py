@@ -6,15 +6,17 @@ Legend: N atoms, E edges, B systems. Angstrom.
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from fairchem.core.datasets.atomic_data import AtomicData
+from ase import Atoms
+from ase.constraints import FixAtoms
+from fairchem.core.datasets.atomic_data import AtomicData, atomicdata_list_to_batch
 
-from faenet_ocp.data.loader import collate
+from faenet_ocp.data.atoms import atoms_to_data
 from faenet_ocp.data.oc20 import OC20LmdbDataset
 from faenet_ocp.data.transforms import RemoveSubsurface
-from faenet_ocp.graph.neighbors import build_graph
 
 SMALLEST, LARGEST = 5, 225
 """Atoms of OC20's systems."""
@@ -52,44 +54,19 @@ def make_slab(num_atoms: int, seed: int, *, cutoff: float, max_neighbors: int) -
     pos *= (spacing, spacing, height)
     above = pos[-1] + rng.uniform(-1, 1, (adsorbate, 3)) * (1.2, 1.2, 0.5) + (0, 0, 2.2)
     above[:, 2] += 0.6 * np.arange(adsorbate)
-    pos = np.concatenate([pos, above]) + rng.normal(0, 0.05, (num_atoms, 3))
-    cell = np.diag([side * spacing, rows * spacing, layers * height + 18.0])
     tags = np.concatenate([np.where(sites[:, 0] > layers - 1 - max(1, layers / 2), 1, 0), np.full(adsorbate, 2)])
-    numbers = np.concatenate([rng.choice(rng.choice(_METALS, 3), metals), rng.choice(_ADSORBATE, adsorbate)])
-    return _sample(pos, cell, numbers, tags, rng, seed, cutoff, max_neighbors)
-
-
-def _sample(
-    pos: np.ndarray,
-    cell: np.ndarray,
-    numbers: np.ndarray,
-    tags: np.ndarray,
-    rng: np.random.Generator,
-    seed: int,
-    cutoff: float,
-    max_neighbors: int,
-) -> AtomicData:
-    positions, lattice = torch.from_numpy(pos).float(), torch.from_numpy(cell).float()
-    pbc = torch.ones(1, 3, dtype=torch.bool)
-    edge_index, offsets = build_graph(positions, lattice, pbc, cutoff=cutoff, max_neighbors=max_neighbors)
-    data = AtomicData(
-        pos=positions,
-        atomic_numbers=torch.from_numpy(numbers).long(),
-        cell=lattice.unsqueeze(0),
-        pbc=pbc,
-        natoms=torch.tensor([len(pos)]),
-        edge_index=edge_index,
-        cell_offsets=offsets,
-        nedges=torch.tensor([edge_index.shape[1]]),
-        charge=torch.zeros(1, dtype=torch.long),
-        spin=torch.zeros(1, dtype=torch.long),
-        tags=torch.from_numpy(tags).long(),
-        fixed=torch.from_numpy(tags == 0).long(),
-        sid=[str(seed)],
+    atoms = Atoms(
+        positions=np.concatenate([pos, above]) + rng.normal(0, 0.05, (num_atoms, 3)),
+        numbers=np.concatenate([rng.choice(rng.choice(_METALS, 3), metals), rng.choice(_ADSORBATE, adsorbate)]),
+        cell=[side * spacing, rows * spacing, layers * height + 18.0],
+        pbc=True,
+        tags=tags,
+        constraint=FixAtoms(mask=tags == 0),
+        info={"sid": seed},
     )
+    data = atoms_to_data(atoms, cutoff=cutoff, max_neighbors=max_neighbors, dataset="benchmark")
     data.energy = torch.from_numpy(rng.normal(size=1)).float()
-    data.forces = torch.from_numpy(rng.normal(size=(len(pos), 3))).float()
-    data.dataset = "benchmark"
+    data.forces = torch.from_numpy(rng.normal(size=(num_atoms, 3))).float()
     return data
 
 
@@ -100,12 +77,10 @@ def slab_sizes(count: int, seed: int = 0) -> list[int]:
 
 
 def make_systems(
-    sizes: Sequence[int], *, cutoff: float, max_neighbors: int, remove_subsurface: bool, seed: int = 0
+    sizes: Sequence[int], *, cutoff: float, max_neighbors: int, remove_subsurface: bool
 ) -> list[AtomicData]:
     """Generated slabs of these numbers of atoms, with or without the atoms of tag 0."""
-    systems = [
-        make_slab(size, seed + place, cutoff=cutoff, max_neighbors=max_neighbors) for place, size in enumerate(sizes)
-    ]
+    systems = [make_slab(size, seed, cutoff=cutoff, max_neighbors=max_neighbors) for seed, size in enumerate(sizes)]
     transform = RemoveSubsurface()
     return [transform(data, torch.Generator()) for data in systems] if remove_subsurface else systems
 
@@ -114,18 +89,12 @@ def read_systems(
     path: Path, count: int, *, cutoff: float, max_neighbors: int, remove_subsurface: bool, labels: Sequence[str]
 ) -> list[AtomicData]:
     """The first `count` systems of an LMDB, and from the beginning again if it has fewer."""
-    transforms: dict[str, dict] = {"remove_subsurface": {}} if remove_subsurface else {}
-    settings = {
-        "src": str(path),
-        "labels": list(labels),
-        "cutoff": cutoff,
-        "max_neighbors": max_neighbors,
-        "transforms": transforms,
-    }
-    dataset = OC20LmdbDataset(settings)
+    graph = {"cutoff": cutoff, "max_neighbors": max_neighbors}
+    transforms: dict[str, Any] = {"remove_subsurface": {}} if remove_subsurface else {}
+    dataset = OC20LmdbDataset({"src": str(path), "labels": list(labels), "transforms": transforms, **graph})
     return [dataset[place % len(dataset)] for place in range(count)]
 
 
 def make_batch(systems: Sequence[AtomicData], device: torch.device) -> AtomicData:
     """One batch of all systems."""
-    return collate(systems)[0].to(device)
+    return atomicdata_list_to_batch(list(systems)).to(device)

@@ -18,10 +18,12 @@ from ase.io.trajectory import TrajectoryWriter
 from ase.optimize import LBFGS
 from numpy.typing import NDArray
 
-from faenet_ocp.inference.calculator import Prediction, fixed_atoms
+from faenet_ocp.common.files import TEMPORARY_SUFFIX, publish
+from faenet_ocp.data.atoms import fixed_atoms
+from faenet_ocp.inference.predictor import Prediction
 
 Evaluate = Callable[[Sequence[Atoms]], Sequence[Prediction]]
-"""Energies and forces of several structures, e.g. a `calculator.Predictor`."""
+"""Energies and forces of several structures, e.g. a `predictor.Predictor`."""
 
 _MEMORY = 50
 
@@ -85,7 +87,7 @@ def relax(
         predictions = evaluate([one.atoms for one in active])
         going = []
         for one, prediction in zip(active, predictions, strict=True):
-            status = one.take(prediction, fmax)
+            status = one.update(prediction, fmax)
             if status is None and one.steps == max_steps:
                 status = "max_steps"
             if status is None:
@@ -107,28 +109,29 @@ class _Relaxation:
         self.trajectory: TrajectoryWriter | None = None
         if trajectories is not None:
             trajectories.mkdir(parents=True, exist_ok=True)
-            self.final_name = trajectories / f"{index}.traj"
-            self.temporary = trajectories / f".{index}.tmp"
-            self.trajectory = TrajectoryWriter(str(self.temporary), "w")
+            self.path = trajectories / f"{index}.traj"
+            self.unfinished = self.path.with_name(f".{self.path.name}{TEMPORARY_SUFFIX}")
+            self.trajectory = TrajectoryWriter(str(self.unfinished), "w")
 
     def _new_optimizer(self) -> LBFGS:
         return LBFGS(self.atoms, maxstep=self.max_step, memory=_MEMORY)
 
-    def take(self, prediction: Prediction, fmax: float) -> str | None:
-        """Notes energy and forces at the present positions; returns the status if this is the end."""
-        if prediction.forces is None:
+    def update(self, prediction: Prediction, fmax: float) -> str | None:
+        """Takes energy and forces at the present positions; returns the status if this is the end."""
+        energy, forces = prediction.energy, prediction.forces
+        if forces is None:
             raise ValueError(
                 "relaxation needs forces, and this checkpoint predicts energies only (use one of task s2ef)"
             )
-        if not (np.isfinite(prediction.energy) and np.isfinite(prediction.forces).all()):
+        if not (np.isfinite(energy) and np.isfinite(forces).all()):
             if self.atoms.calc is None:
                 raise ValueError(f"structure {self.index}: energy or forces at its initial positions are not finite")
             self.atoms.positions = self.atoms.calc.atoms.positions
             return "failed"
         if self.atoms.calc is None:
             self._check_fixed(prediction.seen)
-            self.initial_energy = prediction.energy
-        self.atoms.calc = SinglePointCalculator(self.atoms, energy=prediction.energy, forces=prediction.forces)
+            self.initial_energy = energy
+        self.atoms.calc = SinglePointCalculator(self.atoms, energy=energy, forces=forces)
         if self.trajectory is not None:
             self.trajectory.write(self.atoms)
         self.fmax = float(np.linalg.norm(self.atoms.get_forces(), axis=1).max())
@@ -157,7 +160,7 @@ class _Relaxation:
     def finish(self, status: str) -> Relaxed:
         if self.trajectory is not None:
             self.trajectory.close()
-            self.temporary.replace(self.final_name)
+            publish(self.unfinished, self.path)
         return Relaxed(
             index=self.index,
             atoms=self.atoms,

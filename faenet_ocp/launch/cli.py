@@ -56,7 +56,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--mode",
         choices=("train", "validate", "predict", "check", "benchmark"),
         default="train",
-        help="check reads all data and lists what cannot be used; benchmark takes scripts/benchmark.py's arguments",
+        help="check reads all data and lists what cannot be used; benchmark takes the arguments of its own program",
     )
     add("--checkpoint", metavar="PT", help="weights to validate or predict with, or to begin training with")
     job = parser.add_argument_group("run", "each of these is also a key of the section job:")
@@ -114,7 +114,7 @@ def _benchmark(flags: argparse.Namespace, arguments: Sequence[str]) -> int:
     given = [name for name, value in vars(flags).items() if value != defaults[name]]
     if given:
         raise ValueError(f"--{given[0].replace('_', '-')}: has no meaning with --mode benchmark")
-    import_module("faenet_ocp.benchmark.command").main(arguments)
+    import_module("faenet_ocp.benchmark.__main__").main(arguments)  # by name: no part of a run
     return 0
 
 

@@ -1,7 +1,6 @@
 """Batched relaxation: the path that ASE takes, independent of the batch, results that survive, OCP's metrics."""
 
 import importlib.util
-import io
 import itertools
 import json
 import multiprocessing
@@ -10,20 +9,18 @@ import signal
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import ase.io
 import numpy as np
 import pytest
 from ase.calculators.emt import EMT
+from ase.calculators.singlepoint import SinglePointCalculator
 from ase.optimize import LBFGS
 
 import small_data
 import small_runs
-from faenet_ocp.checkpoint import load_checkpoint
-from faenet_ocp.inference import relaxation_run
-from faenet_ocp.inference.calculator import FAENetCalculator, Prediction, Predictor
-from faenet_ocp.inference.relaxation import Relaxed, relax
+from faenet_ocp import relax
+from faenet_ocp.inference.predictor import Prediction
 from faenet_ocp.inference.relaxation_run import (
     average_distance_within_threshold,
     mean_distance,
@@ -37,8 +34,12 @@ SETTINGS = {"fmax": 0.05, "max_steps": 40, "max_step": 0.2}
 slab = small_runs.slab
 
 
+def _prediction(atoms: ase.Atoms, energy: float, forces: np.ndarray, seen: np.ndarray | None = None) -> Prediction:
+    return Prediction({"energy": energy, "forces": forces}, np.ones(len(atoms), dtype=bool) if seen is None else seen)
+
+
 class EmtForces:
-    """An analytic potential in place of a model; notes what it is asked for."""
+    """An analytic potential in place of a model; keeps what it is asked for."""
 
     def __init__(self) -> None:
         self.batches: list[list[str]] = []
@@ -50,8 +51,7 @@ class EmtForces:
     def one(self, atoms: ase.Atoms) -> Prediction:
         copy = atoms.copy()
         copy.calc = EMT()
-        forces = copy.get_forces(apply_constraint=False)
-        return Prediction(copy.get_potential_energy(), forces, np.ones(len(atoms), dtype=bool))
+        return _prediction(atoms, copy.get_potential_energy(), copy.get_forces(apply_constraint=False))
 
 
 def _structures(count: int) -> list[ase.Atoms]:
@@ -63,13 +63,6 @@ def _structures(count: int) -> list[ase.Atoms]:
     return structures
 
 
-def _relaxed_by_ase(atoms: ase.Atoms, fmax: float, steps: int) -> tuple[ase.Atoms, int]:
-    atoms.calc = EMT()
-    optimizer = LBFGS(atoms, logfile=None, memory=50)
-    optimizer.run(fmax=fmax, steps=steps)
-    return atoms, optimizer.nsteps
-
-
 @pytest.mark.parametrize("batch_size", [1, 3, 20])
 def test_the_path_is_that_of_ase_whatever_the_companions(batch_size: int) -> None:
     evaluate = EmtForces()
@@ -77,12 +70,14 @@ def test_the_path_is_that_of_ase_whatever_the_companions(batch_size: int) -> Non
     assert sorted(results) == [0, 1, 2, 3, 4]
     steps = set()
     for index, atoms in enumerate(_structures(5)):
-        start = atoms.positions.copy()
-        expected, count = _relaxed_by_ase(atoms, SETTINGS["fmax"], SETTINGS["max_steps"])
-        result = results[index]
+        start, result = atoms.positions.copy(), results[index]
+        atoms.calc = EMT()
+        optimizer = LBFGS(atoms, logfile=None, memory=50)
+        optimizer.run(fmax=SETTINGS["fmax"], steps=SETTINGS["max_steps"])
+        count = optimizer.nsteps
         assert (result.steps, result.status) == (count, "converged" if count < 40 else "max_steps")
-        np.testing.assert_allclose(result.atoms.positions, expected.positions, rtol=0, atol=1e-9)
-        assert result.atoms.get_potential_energy() == pytest.approx(expected.get_potential_energy(), abs=1e-9)
+        np.testing.assert_allclose(result.atoms.positions, atoms.positions, rtol=0, atol=1e-9)
+        assert result.atoms.get_potential_energy() == pytest.approx(atoms.get_potential_energy(), abs=1e-9)
         assert result.atoms.get_potential_energy() < result.initial_energy
         assert np.linalg.norm(result.atoms.get_forces(), axis=1).max() == pytest.approx(result.fmax)
         fixed = atoms.get_tags() == 0
@@ -96,9 +91,8 @@ def test_a_finished_structure_makes_room_for_the_next() -> None:
     evaluate = EmtForces()
     total = sum(r.steps + 1 for r in relax(enumerate(_structures(6)), evaluate, batch_size=2, **SETTINGS))
     assert sum(map(len, evaluate.batches)) == total
-    order = [sid for batch in evaluate.batches for sid in batch]
-    assert [sid for i, sid in enumerate(order) if sid not in order[:i]] == [str(100 + i) for i in range(6)]
-    # Two at a time as long as a structure is waiting, so few calls with one only.
+    order = list(dict.fromkeys(sid for batch in evaluate.batches for sid in batch))
+    assert order == [str(100 + i) for i in range(6)]
     last_start = next(i for i, batch in enumerate(evaluate.batches) if "105" in batch)
     assert all(len(batch) == 2 for batch in evaluate.batches[:last_start])
 
@@ -121,13 +115,9 @@ def test_forces_that_do_not_change_are_followed() -> None:
     """A linear potential: LBFGS alone would divide by zero."""
 
     def constant(structures: Sequence[ase.Atoms]) -> list[Prediction]:
-        return [Prediction(-float(a.positions[-1, 2]), np.eye(len(a), 3, 2 - len(a) + 1), seen(a)) for a in structures]
+        return [_prediction(atoms, -float(atoms.positions[0, 2]), np.array([[0, 0, 1.0]])) for atoms in structures]
 
-    def seen(atoms: ase.Atoms) -> np.ndarray:
-        return np.ones(len(atoms), dtype=bool)
-
-    atoms = ase.Atoms("Cu", positions=[[0, 0, 0]])
-    (result,) = relax([(0, atoms)], constant, fmax=0.01, max_steps=5)
+    (result,) = relax([(0, ase.Atoms("Cu", positions=[[0, 0, 0]]))], constant, fmax=0.01, max_steps=5)
     assert result.status == "max_steps"
     np.testing.assert_allclose(result.atoms.positions, [[0, 0, 5 / 70]], rtol=0, atol=1e-9)
 
@@ -137,36 +127,37 @@ def test_a_structure_that_fails_does_not_disturb_the_others() -> None:
         def one(self, atoms: ase.Atoms) -> Prediction:
             good = super().one(atoms)
             if atoms.info["sid"] == "101" and sum("101" in batch for batch in self.batches) > 3:
-                return good._replace(energy=np.nan)
+                return _prediction(atoms, np.nan, good.forces)
             return good
 
     results = {r.index: r for r in relax(enumerate(_structures(3)), Failing(), **SETTINGS)}
     alone = {r.index: r for r in relax(enumerate(_structures(3)), EmtForces(), **SETTINGS)}
-    assert results[1].status == "failed"
-    assert results[1].steps == 3
+    assert (results[1].status, results[1].steps) == ("failed", 3)
     assert np.isfinite(results[1].atoms.get_potential_energy())
     for index in (0, 2):
         np.testing.assert_array_equal(results[index].atoms.positions, alone[index].atoms.positions)
 
 
+def _energies_only(structures: Sequence[ase.Atoms]) -> list[Prediction]:
+    return [Prediction({"energy": 0.0}, np.ones(len(atoms), dtype=bool)) for atoms in structures]
+
+
 def test_mistakes() -> None:
     def broken(structures: Sequence[ase.Atoms]) -> list[Prediction]:
-        return [Prediction(0.0, np.full((len(a), 3), np.nan), np.ones(len(a), dtype=bool)) for a in structures]
+        return [_prediction(atoms, 0.0, np.full((len(atoms), 3), np.nan)) for atoms in structures]
 
     def blind(structures: Sequence[ase.Atoms]) -> list[Prediction]:
-        return [Prediction(0.0, np.ones((len(a), 3)), a.get_tags() != 0) for a in structures]
+        return [_prediction(atoms, 0.0, np.ones((len(atoms), 3)), atoms.get_tags() != 0) for atoms in structures]
 
-    def no_forces(structures: Sequence[ase.Atoms]) -> list[Prediction]:
-        return [Prediction(0.0, None, np.ones(len(a), dtype=bool)) for a in structures]
-
-    with pytest.raises(ValueError, match="structure 4: energy or forces at its initial positions are not finite"):
-        list(relax([(4, slab())], broken))
-    with pytest.raises(ValueError, match="needs forces"):
-        list(relax([(4, slab())], no_forces))
     loose = slab()
     loose.set_constraint()
-    with pytest.raises(ValueError, match=r"structure 4: .*not fixed: \[0, 1, 2, 3, 4, 5, 6, 7\]; fix them"):
-        list(relax([(4, loose)], blind))
+    for atoms, evaluate, message in (
+        (slab(), broken, "structure 4: energy or forces at its initial positions are not finite"),
+        (slab(), _energies_only, "needs forces"),
+        (loose, blind, r"structure 4: .*not fixed: \[0, 1, 2, 3, 4, 5, 6, 7\]; fix them"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            list(relax([(4, atoms)], evaluate))
     assert list(relax([(4, slab())], blind, max_steps=1))
     with pytest.raises(ValueError, match="batch_size: 0 is not positive"):
         list(relax([], blind, batch_size=0))
@@ -202,19 +193,18 @@ def test_results_hold_what_was_found(uninterrupted: Path) -> None:
         np.testing.assert_allclose(atoms.positions, result.atoms.positions, rtol=0, atol=1e-7)
         np.testing.assert_allclose(atoms.get_forces(), result.atoms.get_forces(), rtol=0, atol=1e-7)
         assert atoms.get_potential_energy() == pytest.approx(result.atoms.get_potential_energy(), abs=1e-9)
-        assert (atoms.info["steps"], atoms.info["status"]) == (result.steps, result.status)
-        assert str(atoms.info["sid"]) == str(100 + index)
+        found = (atoms.info["steps"], atoms.info["status"], str(atoms.info["sid"]))
+        assert found == (result.steps, result.status, str(100 + index))
         np.testing.assert_array_equal(atoms.get_tags(), result.atoms.get_tags())
         np.testing.assert_array_equal(atoms.constraints[0].index, result.atoms.constraints[0].index)
     metrics = json.loads((uninterrupted / "metrics.json").read_text())
-    assert metrics["num_structures"] == 6
-    assert metrics["mean_steps"] == pytest.approx(np.mean([r.steps for r in by_hand.values()]))
+    steps = [result.steps for result in by_hand.values()]
+    assert (metrics["num_structures"], metrics["mean_steps"]) == (6, pytest.approx(np.mean(steps)))
     assert "energy" not in metrics
 
 
 def test_a_finished_job_is_not_done_again(uninterrupted: Path) -> None:
-    evaluate = EmtForces()
-    before = (uninterrupted / "relaxed.extxyz").read_bytes()
+    evaluate, before = EmtForces(), (uninterrupted / "relaxed.extxyz").read_bytes()
     run(_structures(6), evaluate, uninterrupted, settings=SETTINGS, batch_size=3)
     assert evaluate.batches == []
     assert (uninterrupted / "relaxed.extxyz").read_bytes() == before
@@ -227,7 +217,7 @@ def test_other_settings_need_another_folder(uninterrupted: Path, tmp_path: Path)
         run(_structures(5), EmtForces(), uninterrupted, settings=SETTINGS)
     # A run that ended before it had any result leaves nothing in the way.
     with pytest.raises(ValueError, match="needs forces"):
-        run(_structures(1), lambda s: [Prediction(0.0, None, np.ones(len(s[0])))], tmp_path, settings=SETTINGS)
+        run(_structures(1), _energies_only, tmp_path, settings=SETTINGS)
     run(_structures(1), EmtForces(), tmp_path, settings={**SETTINGS, "fmax": 0.1})
 
 
@@ -242,34 +232,27 @@ def test_a_torn_last_frame_is_relaxed_again(uninterrupted: Path, tmp_path: Path,
     _assert_same(tmp_path, uninterrupted)
 
 
-def _killed_job(folder: Path) -> None:
-    """Dies in the middle of writing its third result."""
-    whole, written = relaxation_run._frame, []
+class _Killing(EmtForces):
+    """Kills its process when the fifth structure begins."""
 
-    def frame(relaxed: Relaxed) -> str:
-        text = whole(relaxed)
-        written.append(relaxed.index)
-        if len(written) == 3:
-            with (folder / "relaxed.extxyz").open("a") as file:
-                file.write(text[: len(text) // 2])
-                file.flush()
-                os.kill(os.getpid(), signal.SIGKILL)
-        return text
-
-    relaxation_run._frame = frame
-    run(_structures(6), EmtForces(), folder, settings=SETTINGS, batch_size=2, keep_trajectories=True)
+    def one(self, atoms: ase.Atoms) -> Prediction:
+        if atoms.info["sid"] == "104":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().one(atoms)
 
 
 def test_a_killed_job_goes_on(uninterrupted: Path, tmp_path: Path) -> None:
-    process = multiprocessing.get_context("fork").Process(target=_killed_job, args=(tmp_path,))
+    options = {"settings": SETTINGS, "batch_size": 2, "keep_trajectories": True}
+    job = (_structures(6), _Killing(), tmp_path)
+    process = multiprocessing.get_context("fork").Process(target=run, args=job, kwargs=options)
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
     assert not (tmp_path / "metrics.json").exists()
-    finished = relaxation_run._finished(tmp_path / "relaxed.extxyz")
-    assert len(finished) == 2
+    finished = _frames(tmp_path)
+    assert len(finished) == 3
     evaluate = EmtForces()
-    run(_structures(6), evaluate, tmp_path, settings=SETTINGS, batch_size=2, keep_trajectories=True)
+    run(_structures(6), evaluate, tmp_path, **options)
     redone = {sid for batch in evaluate.batches for sid in batch}
     assert redone == {str(100 + i) for i in range(6) if i not in finished}
     _assert_same(tmp_path, uninterrupted)
@@ -279,19 +262,13 @@ def test_a_killed_job_goes_on(uninterrupted: Path, tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------ metrics
 def _adwt_of_ocp(distances: Sequence[float]) -> float:
     """OCP's definition, written out: thresholds 0.01, 0.011, ... below 0.5."""
-    successes = total = 0
-    for step in range(490):
-        successes += sum(distance < 0.01 + 0.001 * step for distance in distances)
-        total += len(distances)
-    return 100 * successes / total
+    successes = sum(distance < 0.01 + 0.001 * step for step in range(490) for distance in distances)
+    return 100 * successes / (490 * len(distances))
 
 
-def test_distance_metrics() -> None:
-    distances = [0.0005, 0.0304, 0.2507, 0.4996, 0.7]
+@pytest.mark.parametrize("distances", [[0.0005, 0.0304, 0.2507, 0.4996, 0.7], [0.0], [0.5], [np.nan]])
+def test_average_distance_within_threshold(distances: list[float]) -> None:
     assert average_distance_within_threshold(distances) == pytest.approx(_adwt_of_ocp(distances), abs=1e-9)
-    assert average_distance_within_threshold([0.0]) == 100
-    assert average_distance_within_threshold([0.5]) == 0
-    assert average_distance_within_threshold([np.nan]) == 0
 
 
 def test_distances_are_those_of_free_atoms_to_their_nearest_image() -> None:
@@ -315,13 +292,9 @@ def test_metrics_of_relaxed_structures() -> None:
     for index, (status, error, shift) in enumerate([("converged", 0.01, 0.02), ("failed", -0.5, 0.3)]):
         atoms = slab(index)
         atoms.set_array("pos_relaxed", atoms.positions + np.array([0, 0, shift]))
-        atoms.info |= {"sid": "a", "y_relaxed": 1.0}
-        atoms.calc = ase.calculators.singlepoint.SinglePointCalculator(
-            atoms, energy=1.0 + error, forces=np.zeros((len(atoms), 3))
-        )
-        result = Relaxed(index=index, atoms=atoms, initial_energy=2.0, steps=2 + index, fmax=0.0, status=status)
-        text = relaxation_run._frame(result)
-        frames.append(ase.io.read(io.StringIO(text), format="extxyz"))
+        atoms.info |= {"y_relaxed": 1.0, "steps": 2 + index, "status": status}
+        atoms.calc = SinglePointCalculator(atoms, energy=1.0 + error)
+        frames.append(atoms)
     metrics = relaxation_metrics(frames)
     assert (metrics["num_structures"], metrics["num_converged"], metrics["num_failed"]) == (2, 1, 1)
     assert metrics["mean_steps"] == 2.5
@@ -365,18 +338,11 @@ def test_structures_of_an_lmdb(small_is2re: Path, small_s2ef: Path) -> None:
         open_structures(Path(__file__))
 
 
-def test_batches_of_the_model_take_ases_path(checkpoint: Path) -> None:
-    predictor = Predictor(load_checkpoint(checkpoint), precision="float64", frames="full")
-    limits = {"fmax": 0.01, "max_steps": 12}
-    results = {r.index: r for r in relax(enumerate(_structures(3)), predictor, batch_size=3, **limits)}
-    for index, atoms in enumerate(_structures(3)):
-        start = atoms.positions.copy()
-        atoms.calc = FAENetCalculator(predictor)
-        optimizer = LBFGS(atoms, logfile=None, memory=50)
-        optimizer.run(fmax=0.01, steps=12)
-        assert optimizer.nsteps == results[index].steps > 0
-        np.testing.assert_allclose(results[index].atoms.positions, atoms.positions, rtol=0, atol=1e-6)
-        assert np.abs(atoms.positions - start).max() > 1e-2
+def test_relaxed_positions_of_another_shape_are_an_error(tmp_path: Path) -> None:
+    fields = small_data.make_fields(0) | {"pos_relaxed": small_data.make_fields(0)["pos"][:-1]}
+    path = small_data.write_lmdb(tmp_path / "data.lmdb", [small_data.dump_record(fields)])
+    with pytest.raises(ValueError, match=r"data\.lmdb: record 0 .*pos_relaxed"):
+        open_structures(path)[0]
 
 
 def test_the_command(
@@ -411,8 +377,8 @@ def test_the_command_on_a_file_of_ase(checkpoint: Path, script: ModuleType, tmp_
     for atoms in structures:
         atoms.info = {}  # ASE's builders leave there what it cannot write
     ase.io.write(tmp_path / "slabs.extxyz", structures)
-    base: list[Any] = ["--input", str(tmp_path / "slabs.extxyz"), "--output", str(tmp_path / "out"), "--max-steps", "2"]
-    script.main(["--checkpoint", str(checkpoint), *base])
+    arguments = ["--input", str(tmp_path / "slabs.extxyz"), "--output", str(tmp_path / "out"), "--max-steps", "2"]
+    script.main(["--checkpoint", str(checkpoint), *arguments])
     frames = _frames(tmp_path / "out")
     assert sorted(frames) == [0, 1]
     for index, atoms in frames.items():
@@ -420,4 +386,4 @@ def test_the_command_on_a_file_of_ase(checkpoint: Path, script: ModuleType, tmp_
         np.testing.assert_allclose(atoms.positions[fixed], slab(index).positions[fixed], rtol=0, atol=1e-7)
         assert np.abs(atoms.positions - slab(index).positions).max() > 1e-3
     with pytest.raises(SystemExit, match="there is no such file"):
-        script.main(["--checkpoint", str(tmp_path / "none.pt"), *base])
+        script.main(["--checkpoint", str(tmp_path / "none.pt"), *arguments])

@@ -1,0 +1,239 @@
+"""A checkpoint's predictions for ASE's Atoms, of many structures at once.
+
+Atoms go through the data set's own functions: the same graph, the checkpoint's transforms and frames; so an energy is
+the one that `--mode validate` finds for the same system. Graphs are built anew in every call (about 2 ms for 50 atoms),
+so there is no state that could be out of date.
+
+Tags are OC20's: 0 sub-surface, 1 surface, 2 adsorbate. ASE's slab builders number layers instead, so set them. Frames
+follow the positions as they are given: atoms are not wrapped into the cell. The arithmetic is always in the full
+precision of the model, also for a checkpoint that was trained with bfloat16 autocast.
+
+Energies in eV, forces in eV/Angstrom, positions in Angstrom; n atoms of one structure.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from ase import Atoms
+from fairchem.core.datasets.atomic_data import AtomicData, atomicdata_list_to_batch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from faenet_ocp.common.checks import choice
+from faenet_ocp.common.elements import MAX_ATOMIC_NUMBER, describe
+from faenet_ocp.config.schema import Config, build_config, without_removed
+from faenet_ocp.data.atoms import atoms_to_data
+from faenet_ocp.data.fields import FIELDS, NUM_ELEMENTS
+from faenet_ocp.data.oc20 import DTYPES
+from faenet_ocp.data.transforms import Compose
+from faenet_ocp.evaluation.evaluator import load_model
+from faenet_ocp.evaluation.validation import predict
+from faenet_ocp.frames import METHODS, compute_frames
+from faenet_ocp.models.embedding import AtomEmbedding
+from faenet_ocp.tasks.references import fits_from_dict
+
+logger = logging.getLogger(__name__)
+
+FORCE_SOURCES = ("prediction", "energy_gradient")
+_TAGS = FIELDS["tags"].allowed or ()
+_HOW_TO_TAG = (
+    "set OC20's tags with atoms.set_tags([...]): 0 for atoms below the surface, 1 for the surface, 2 for the adsorbate "
+    "(ASE's slab builders number the layers instead; for a molecule use 2)"
+)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the model says of one structure.
+
+    Attributes:
+        values: by name, in the units of `targets`: a number for a property of the system, (n,) or (n, 3) float64 for
+            one of the atoms, zero where `seen` is False.
+        seen: (n,) bool, False for atoms that the checkpoint's transforms remove (sub-surface atoms).
+    """
+
+    values: Mapping[str, Any]
+    seen: NDArray[np.bool_]
+
+    @property
+    def energy(self) -> float:
+        """In eV."""
+        return self.values["energy"]
+
+    @property
+    def forces(self) -> NDArray[np.float64] | None:
+        """(n, 3) eV/Angstrom, None if the checkpoint predicts none."""
+        return self.values.get("forces")
+
+
+class Predictor:
+    """The model of a checkpoint with all that stands between Atoms and its predictions.
+
+    Args:
+        state: content of a checkpoint (`checkpoint.load_checkpoint`); its EMA weights are used where it has them.
+        device: None takes a GPU if there is one.
+        frames: full, canonical, det, stochastic or none. None takes what the checkpoint is evaluated with, but
+            canonical in place of stochastic, whose energies would differ from call to call.
+        forces: prediction (of the force head) or energy_gradient (-dE/dX, energy conserving); None takes what the
+            checkpoint is evaluated with. Checkpoints without forces have neither.
+        precision: float32 or float64; None takes the checkpoint's.
+        seed: of stochastic frames and of random transforms; they have a generator of their own.
+
+    Attributes:
+        properties: names of what is predicted, e.g. ("energy", "forces").
+
+    Raises:
+        ValueError: an argument that is not one of the above, or a checkpoint that does not fit its own configuration.
+    """
+
+    def __init__(
+        self,
+        state: Mapping[str, Any],
+        *,
+        device: str | torch.device | None = None,
+        frames: str | None = None,
+        forces: str | None = None,
+        precision: str | None = None,
+        seed: int = 0,
+    ):
+        trained = build_config(without_removed(state["config"]))
+        self.config = config = _inference_config(trained, frames, forces, precision)
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.model, self.tasks = load_model(state, config, self.device)
+        self.model.eval().requires_grad_(False)
+        embeddings = [module for module in self.model.modules() if isinstance(module, AtomEmbedding)]
+        self._known_elements = torch.arange(NUM_ELEMENTS) > 0
+        for embedding in embeddings:
+            self._known_elements &= embedding.known_elements.cpu()
+        self._reads_tags = any(embedding.tag is not None for embedding in embeddings)
+        self.properties = config.properties
+        self.conservative = config.output("forces").eval_from == "energy_gradient"
+        transforms = {name: given for name, given in config.dataset.transforms.items() if given is not False}
+        self.transforms, self._removes_subsurface = Compose(transforms), "remove_subsurface" in transforms
+        self.generator = torch.Generator().manual_seed(seed)
+        self._training_set = next(iter(fits_from_dict(state.get("statistics")).values()), None)
+        self._warned: set[str] = set()
+
+    def __call__(self, structures: Sequence[Atoms]) -> list[Prediction]:
+        """Predictions of several structures in one forward pass; they do not depend on each other.
+
+        Raises:
+            ValueError: a structure that the model cannot take, with the reason.
+        """
+        samples = [self._named_sample(atoms) for atoms in structures]
+        batch = atomicdata_list_to_batch(samples).to(self.device)
+        if self.config.frames.evaluation_method == "stochastic":  # of the other kinds the model makes its own
+            batch.frame_rot, batch.frame_weight = compute_frames(
+                batch.pos, batch.batch, len(samples), generator=self.generator, **self.model.frames
+            )
+        ((_, physical, _),) = predict(self.model, self.tasks, [batch], conservative=self.conservative)
+        outputs = {name: value.detach().double().cpu() for name, value in physical.items()}
+        levels = {target.name: target.level for target in self.config.targets}
+        natoms = [len(sample.pos) for sample in samples]
+        parts = {
+            name: value.split(natoms) if levels[name] == "atom" else value.tolist() for name, value in outputs.items()
+        }
+        return [
+            _prediction(len(atoms), sample.atom_id.numpy(), {name: values[place] for name, values in parts.items()})
+            for place, (atoms, sample) in enumerate(zip(structures, samples, strict=True))
+        ]
+
+    def _named_sample(self, atoms: Atoms) -> AtomicData:
+        try:
+            return self.sample(atoms)
+        except ValueError as error:
+            name = f" (sid {atoms.info['sid']})" if "sid" in atoms.info else ""
+            raise ValueError(f"structure of {len(atoms)} atoms{name}: {error}") from error
+
+    def sample(self, atoms: Atoms) -> AtomicData:
+        """Structure to model input, as the data set makes it of a record.
+
+        Raises:
+            ValueError: no atoms, an element the model does not know, positions that are not finite, an impossible cell,
+                or tags that are not OC20's where the checkpoint needs them.
+        """
+        self._check(atoms)
+        data = atoms_to_data(
+            atoms,
+            cutoff=self.model.cutoff,
+            max_neighbors=self.model.max_neighbors,
+            dtype=DTYPES[self.config.job.precision],
+            dataset=self.config.dataset.name,
+        )
+        if self._training_set is not None and bool(self._training_set.unseen(data.composition)):
+            self.warn_once(f"{atoms.get_chemical_formula()}: has elements that the training set did not have")
+        if not len(self.transforms):
+            return data
+        pos = data.pos
+        data = self.transforms(data, self.generator)
+        if not torch.equal(data.pos, pos[data.atom_id]):
+            raise ValueError("a transform of the checkpoint moves atoms; its forces would belong to other positions")
+        return data
+
+    def _check(self, atoms: Atoms) -> None:
+        if len(atoms) == 0:
+            raise ValueError("the structure has no atoms")
+        bad = np.flatnonzero(~np.isfinite(atoms.positions).all(axis=1))
+        if len(bad):
+            raise ValueError(f"positions of atoms {bad[:10].tolist()} are not finite")
+        unknown = [z for z in np.unique(atoms.numbers).tolist() if not self._knows(z)]
+        if unknown:
+            raise ValueError(f"the model does not know {', '.join(describe(z) for z in unknown)}")
+        tags = set(atoms.get_tags().tolist())
+        if not tags <= set(_TAGS):
+            raise ValueError(f"tags {sorted(tags - set(_TAGS))} are not among OC20's; {_HOW_TO_TAG}")
+        if tags == {0} and self._removes_subsurface:
+            raise ValueError(
+                "all tags are 0 (atoms.get_tags()), and this checkpoint works without atoms of tag 0 (its transform "
+                f"remove_subsurface): nothing would be left; {_HOW_TO_TAG}"
+            )
+        if tags == {0} and self._reads_tags:
+            self.warn_once(f"all tags are 0, so the model takes every atom for one below the surface; {_HOW_TO_TAG}")
+
+    def _knows(self, atomic_number: int) -> bool:
+        return 0 < atomic_number <= MAX_ATOMIC_NUMBER and bool(self._known_elements[atomic_number])
+
+    def warn_once(self, message: str) -> None:
+        """Logs a warning, the first time that it comes up."""
+        if message not in self._warned:
+            self._warned.add(message)
+            logger.warning(message)
+
+
+def _prediction(num_atoms: int, atom_id: NDArray[np.int64], values: Mapping[str, float | Tensor]) -> Prediction:
+    """Puts the values of the atoms that the model saw (m of n) in their places."""
+    seen = np.zeros(num_atoms, dtype=bool)
+    seen[atom_id] = True
+    placed: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Tensor):
+            placed[name] = np.zeros((num_atoms, *value.shape[1:]))
+            placed[name][atom_id] = value.numpy()
+        else:
+            placed[name] = value
+    return Prediction(placed, seen)
+
+
+def _inference_config(config: Config, frames: str | None, forces: str | None, precision: str | None) -> Config:
+    """The checkpoint's configuration with what is asked for instead of what it is evaluated with."""
+    if frames is None:
+        frames = config.frames.evaluation_method
+        frames = "canonical" if frames == "stochastic" else frames
+    precision = choice("precision", precision or config.job.precision, tuple(DTYPES))
+    update: dict[str, Any] = {
+        "frames": config.frames.model_copy(update={"eval_method": choice("frames", frames, METHODS)}),
+        "job": config.job.model_copy(update={"precision": precision, "amp": False}),
+    }
+    if forces is not None:
+        if "forces" not in config.properties:
+            raise ValueError(f"forces: {forces!r}, but the checkpoint (task {config.task}) predicts no forces")
+        output = config.output("forces").model_copy(update={"eval_from": choice("forces", forces, FORCE_SOURCES)})
+        update["outputs"] = config.outputs | {"forces": output}
+    config = config.model_copy(update=update)
+    if frames == "stochastic" and config.output("forces").eval_from == "energy_gradient":
+        raise ValueError("forces: energy_gradient conserves no energy with frames that change from call to call")
+    return config
