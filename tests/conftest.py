@@ -22,6 +22,15 @@ import small_runs  # noqa: E402
 os.register_at_fork(after_in_child=gc.freeze)
 
 
+def pytest_report_header() -> str:
+    """How large the project is."""
+    sizes = {
+        name: sum(len(path.read_bytes().splitlines()) for path in (ROOT / name).rglob("*.py"))
+        for name in ("faenet_ocp", "faenet_ocp/benchmark", "tests")
+    }
+    return "lines: " + ", ".join(f"{name} {size:,}" for name, size in sizes.items())
+
+
 @pytest.fixture(scope="session")
 def oc20_sample() -> Path:
     """Folder with a sample in OC20's formats: $FAENET_OCP_SAMPLE, else ../shared/oc20_sample."""
