@@ -12,10 +12,10 @@ from typing import Any, get_args
 import pytest
 import torch
 import yaml
-from fairchem.core.common.utils import recursive_dict_merge
 from pydantic import BaseModel
 
-from faenet_ocp.config.schema import Config, build_config, load_yaml
+from faenet_ocp.config.schema import Config, build_config
+from faenet_ocp.config.yaml import load_yaml, merge
 from faenet_ocp.launch.cli import main
 from faenet_ocp.prepare import download
 from s2ef_raw import write_raw
@@ -93,7 +93,7 @@ def test_links_and_make_targets_exist() -> None:
 def test_the_yaml_example_is_valid() -> None:
     (example,) = [yaml.safe_load(block) for kind, block in BLOCKS if kind == "yaml"]
     raw = load_yaml(ROOT / "configs/s2ef/faenet.yml")
-    assert build_config(recursive_dict_merge({**raw, "model": {}}, example)).model["channels"] == 64
+    assert build_config(merge({**raw, "model": {}}, example)).model["channels"] == 64
 
 
 def _keys(section: type[BaseModel]) -> Iterator[str]:
