@@ -15,7 +15,7 @@ DEMO_RUNS ?= runs
 
 BIN := $(VENV)/bin
 # A process that runs out of tests takes half of what another has left: files stay together, and both end together.
-QUICK := pytest -m "not slow" -n $(JOBS) --dist worksteal
+QUICK := pytest -m "not slow" -n $(JOBS) --dist worksteal --durations=10
 
 .PHONY: demo test nightly coverage lint clean
 
