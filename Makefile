@@ -3,19 +3,21 @@
 #   TORCH    which PyTorch to install first, e.g. TORCH="torch==2.13.0 --index-url <your CUDA or CPU index>"
 #   PYTHON   the interpreter that makes the virtual environment
 #   VENV     where the virtual environment lies (created if absent)
-#   SLOW     which of the slow tests `make test-slow` runs (default: all but those that start a SLURM)
-#   SLURM    which of SLURM's tests `make test-slurm` runs, e.g. SLURM="-k preemption" (default: all)
+#   JOBS     processes that share the quick tests
+#   TESTS    what `make nightly` runs of the slow tests, e.g. TESTS="tests/slurm -k preemption" (default: all)
 TORCH ?= torch==2.13.0
 PYTHON ?= python3
 VENV ?= .venv
+JOBS ?= 2
+TESTS ?= tests
 DEMO_DATA ?= data/demo
 DEMO_RUNS ?= runs
-SLOW ?= tests
-SLURM ?=
 
 BIN := $(VENV)/bin
+# A process that runs out of tests takes half of what another has left: files stay together, and both end together.
+QUICK := pytest -m "not slow" -n $(JOBS) --dist worksteal --durations=10
 
-.PHONY: demo test test-slow test-slurm lint clean
+.PHONY: demo test nightly coverage lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python scripts/make_demo_data.py --output $(DEMO_DATA)
@@ -24,14 +26,26 @@ demo: $(VENV)/.installed
 	$(BIN)/python main.py --config configs/demo/s2ef.yml --dataset.root=$(DEMO_DATA) \
 		--run-dir $(DEMO_RUNS) --identifier demo-s2ef
 
-test: $(VENV)/.installed-test lint
-	$(BIN)/python -m pytest -m "not slow"
+# mypy runs beside the tests; it speaks only if it finds something.
+test: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@$(BIN)/mypy >$(VENV)/mypy.log 2>&1 & types=$$!; \
+	$(BIN)/python -m $(QUICK); status=$$?; \
+	wait $$types || { cat $(VENV)/mypy.log; status=1; }; \
+	exit $$status
 
-test-slow: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m "slow and not slurm" $(SLOW)
+nightly: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m slow --durations=20 $(TESTS)
 
-test-slurm: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m slurm -rs tests/slurm $(SLURM)
+coverage: $(VENV)/.installed-test
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m $(QUICK)
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
+	$(BIN)/coverage json --quiet -o $(VENV)/coverage.json
+	@$(BIN)/python -c 'import json; t = json.load(open("$(VENV)/coverage.json"))["totals"]; \
+		print("lines {percent_statements_covered:.1f} %, branches {percent_branches_covered:.1f} %".format(**t))'
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
@@ -46,9 +60,10 @@ $(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --editable .
 	touch $@
 
-$(VENV)/.installed-test: $(VENV)/.installed
+$(VENV)/.installed-test: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet $(TORCH)
 	$(BIN)/python -m pip install --quiet --editable ".[test]"
-	touch $@
+	touch $(VENV)/.installed $@
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist .coverage* .pytest_cache .mypy_cache .ruff_cache

@@ -1,4 +1,4 @@
-"""Shared fixtures: small data generated per session, and the OC20 sample where there is one."""
+"""Shared fixtures: small data and checkpoints made once a session, and the OC20 sample where there is one."""
 
 import gc
 import os
@@ -11,12 +11,24 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+# Before torch is imported, here and in the processes that tests start: several of these share two cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import small_data  # noqa: E402
+import small_runs  # noqa: E402
 
 # Forked processes leave alone what they inherit: to collect a process group of gloo that a test has left would wait for
 # ever, for threads that are not there.
 os.register_at_fork(after_in_child=gc.freeze)
+
+
+def pytest_report_header() -> str:
+    """How large the project is."""
+    sizes = {
+        name: sum(len(path.read_bytes().splitlines()) for path in (ROOT / name).rglob("*.py"))
+        for name in ("faenet_ocp", "faenet_ocp/benchmark", "tests")
+    }
+    return "lines: " + ", ".join(f"{name} {size:,}" for name, size in sizes.items())
 
 
 @pytest.fixture(scope="session")
@@ -38,6 +50,18 @@ def small_is2re(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def small_s2ef(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Root folder with s2ef/2M/train (two shards) and s2ef/all/val_*: energies and forces."""
     return small_data.write_s2ef(tmp_path_factory.mktemp("small_s2ef"))
+
+
+@pytest.fixture(scope="session")
+def is2re_checkpoint(small_is2re: Path) -> Path:
+    """A small FAENet after two steps on `small_is2re`."""
+    return small_runs.train("is2re", small_is2re)
+
+
+@pytest.fixture(scope="session")
+def s2ef_checkpoint(small_s2ef: Path) -> Path:
+    """A small FAENet after two steps on `small_s2ef`."""
+    return small_runs.train("s2ef", small_s2ef)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -25,7 +25,8 @@ from torch import Tensor
 
 from faenet_ocp.common.checks import choice
 from faenet_ocp.common.elements import MAX_ATOMIC_NUMBER, describe
-from faenet_ocp.config.schema import Config, build_config, without_removed
+from faenet_ocp.config.messages import without_removed
+from faenet_ocp.config.schema import Config, build_config
 from faenet_ocp.data.atoms import atoms_to_data
 from faenet_ocp.data.fields import FIELDS, NUM_ELEMENTS
 from faenet_ocp.data.oc20 import DTYPES

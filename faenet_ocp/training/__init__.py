@@ -1,1 +1,4 @@
-"""The registered trainer: what a run owns, what a step does, what is logged."""
+"""The registered trainer: what a run owns, what a step does, what is logged.
+
+fairchem's unit and torchtnt's loop are extended here, not copied.
+"""

@@ -1,13 +1,13 @@
-"""S2EF from the download to the leaderboard's file, by the README's commands on small data in the official formats."""
+"""S2EF from the download to the leaderboard's file and to relaxed structures, by real commands on small data."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import processes
 from faenet_ocp.launch.cli import main
 from faenet_ocp.prepare.s2ef import Options, prepare
 from s2ef_raw import by_ase, write_raw
@@ -23,9 +23,7 @@ SMALL = [
 
 
 def _script(name: str, *arguments: object) -> None:
-    command = [sys.executable, str(ROOT / "scripts" / name), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    processes.run([*map(str, arguments)], program=[sys.executable, str(ROOT / "scripts" / name)])
 
 
 @pytest.fixture(scope="module")
@@ -43,12 +41,15 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_from_the_download_to_the_leaderboard(data: Path, tmp_path: Path) -> None:
     common = [f"--dataset.root={data}", "--run-dir", str(tmp_path)]
-    assert main(["--config", "configs/s2ef/faenet.yml", "--identifier", "run", *common, *SMALL]) == 0
+    processes.run(["--config", "configs/s2ef/faenet.yml", "--identifier", "run", *common, *SMALL])
     checkpoint = tmp_path / "run" / "checkpoints" / "best.pt"
     evaluate = ["--checkpoint", str(checkpoint), "--frames.eval_method=canonical", "--run-dir", str(tmp_path)]
-    assert main(["--mode", "validate", *evaluate, "--identifier", "scored"]) == 0
     tests = ", ".join(f"test_{part}: {{src: s2ef/all/test_{part}}}" for part in PARTS)
-    assert main(["--mode", "predict", *evaluate, "--identifier", "sent", f"--dataset.test={{{tests}}}"]) == 0
+    predict = ["--mode", "predict", *evaluate, "--identifier", "sent", f"--dataset.test={{{tests}}}"]
+    predicting = processes.start(predict)
+    assert main(["--mode", "validate", *evaluate, "--identifier", "scored"]) == 0
+    output, _ = predicting.communicate(timeout=300)
+    assert predicting.returncode == 0, output
     folder, out = tmp_path / "sent" / "results" / "predictions", tmp_path / "submission.npz"
     sources = ",".join(str(data / f"s2ef/all/test_{part}") for part in PARTS)
     _script("make_submission.py", "--task", "s2ef", "--predictions", folder, "--sources", sources, "--out", out)
@@ -58,6 +59,13 @@ def test_from_the_download_to_the_leaderboard(data: Path, tmp_path: Path) -> Non
         for number, part in enumerate(PARTS):
             _same_errors(data / "raw" / part, sent, part, scored[f"val_{part}"], tmp_path)
             assert len(sent[f"{part}_ids"]) == 3 + number
+
+
+def test_relaxing(s2ef_checkpoint: Path, small_is2re: Path, tmp_path: Path) -> None:
+    structures = small_is2re / "is2re/all/val_id/data.lmdb"
+    arguments = ["--checkpoint", s2ef_checkpoint, "--input", structures, "--output", tmp_path, "--max-steps", 2]
+    _script("relax.py", *arguments)
+    assert json.loads((tmp_path / "metrics.json").read_text())["num_structures"] == 4
 
 
 def _same_errors(raw: Path, sent: np.lib.npyio.NpzFile, part: str, scored: dict[str, float], tmp_path: Path) -> None:

@@ -1,1 +1,4 @@
-"""Submission to SLURM, the program of each rank, and its first lines."""
+"""Submission to SLURM, the program of each rank, and its first lines.
+
+docs/slurm.md says which traps it avoids.
+"""
