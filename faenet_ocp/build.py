@@ -4,7 +4,6 @@ Every name may be a registered short name or a dotted import path. Arguments are
 they are for, so that a misspelt option is an error before any work starts.
 """
 
-import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,8 @@ from fairchem.core.common.registry import registry
 from torch import nn
 from torch.utils.data import Dataset
 
-from faenet_ocp.config.schema import Config, SourceConfig, nearest
+from faenet_ocp.common.checks import nearest, parameters
+from faenet_ocp.config.schema import Config, SourceConfig
 from faenet_ocp.data import packed as packed_dataset  # noqa: F401  # registers the data sets
 from faenet_ocp.models.fairchem import FAENetEnergyHead, FAENetForceHead, FrameAveragedModel
 
@@ -104,13 +104,13 @@ def make_model(config: Config) -> FrameAveragedModel:
         used_by_heads = {key for head in heads.values() for key in head}
     else:
         used_by_heads = set()
-    allowed = _parameters(cls)
+    allowed = parameters(cls)
     backbone = {key: value for key, value in arguments.items() if allowed is None or key in allowed}
     for key in arguments:
         if key not in backbone and key not in used_by_heads | set(_GRAPH):
             options = {*(allowed or ()), *_GRAPH, "name", "heads"}
             for head in _HEADS.values():
-                options |= _parameters(head) or set()
+                options |= parameters(head) or set()
             raise ValueError(f"model.{key}: unknown key{nearest(key, sorted(options - {'backbone', 'reduce'}))}")
     try:
         model = FrameAveragedModel(
@@ -127,16 +127,8 @@ def make_model(config: Config) -> FrameAveragedModel:
 def _faenet_head(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """A head of FAENet with the options of the `model:` section that it knows."""
     cls = _HEADS[name]
-    options = {key: arguments[key] for key in (_parameters(cls) or set()) & set(arguments)}
+    options = {key: arguments[key] for key in (parameters(cls) or set()) & set(arguments)}
     return {"module": f"{cls.__module__}.{cls.__qualname__}", **options}
-
-
-def _parameters(cls: type) -> set[str] | None:
-    """Names that a constructor takes, None if it takes any."""
-    parameters = inspect.signature(cls).parameters.values()
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        return None
-    return {parameter.name for parameter in parameters}
 
 
 def _registered(key: str, name: str, getter: Any, mapping: str) -> type:

@@ -16,7 +16,7 @@ from torch_geometric.data import Data
 from torch_geometric.nn.models import SchNet
 
 from faenet_ocp.benchmark.published import build_published
-from faenet_ocp.graph.neighbors import edge_vectors
+from faenet_ocp.graph.vectors import edge_vectors
 from faenet_ocp.models.fairchem import FrameAveragedModel
 from faenet_ocp.models.reference_weights import load_reference_state_dict
 

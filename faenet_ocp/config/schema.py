@@ -7,7 +7,6 @@ wrong type or value names what is allowed. `model` and transforms are checked ag
 classes in `build.py`, which knows the registry.
 """
 
-import difflib
 import re
 import types
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ import yaml
 from fairchem.core.common.utils import UniqueKeyLoader, recursive_dict_merge
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from faenet_ocp.common.checks import nearest
 from faenet_ocp.config.slurm import SlurmConfig
 from faenet_ocp.targets import TASKS, Target, resolve
 
@@ -390,12 +390,6 @@ def build_config(raw: Mapping[str, Any]) -> Config:
     except ValidationError as error:
         lines = sorted({_explain(dict(problem)) for problem in error.errors()})
         raise ValueError("the configuration is not valid:\n  " + "\n  ".join(lines)) from None
-
-
-def nearest(name: str, allowed: Sequence[str]) -> str:
-    """'; did you mean X?' or the list of what is allowed, for error messages."""
-    close = difflib.get_close_matches(name, allowed, n=1, cutoff=0.6)
-    return f"; did you mean {close[0]}?" if close else f"; allowed: {', '.join(sorted(allowed))}"
 
 
 def _explain(problem: Mapping[str, Any]) -> str:

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from faenet_ocp.common.files import write_json
-from faenet_ocp.data.batch import Fields
+from faenet_ocp.data.fields import Fields
 from faenet_ocp.data.oc20 import OC20LmdbDataset
 from faenet_ocp.evaluation.metrics import energy_metrics
 from faenet_ocp.inference.calculator import fixed_atoms

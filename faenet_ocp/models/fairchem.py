@@ -17,7 +17,8 @@ from fairchem.core.models.base import BackboneInterface, HeadInterface, HydraMod
 from torch import Tensor
 
 from faenet_ocp.frames import Frames, Views, centroids, compute_frames, flatten_frames, rotate, rotate_back
-from faenet_ocp.graph.neighbors import build_graph, edge_vectors
+from faenet_ocp.graph.neighbors import build_graph
+from faenet_ocp.graph.vectors import edge_vectors
 from faenet_ocp.models.faenet import EnergyHead, FAENet
 from faenet_ocp.models.heads import ForceHead
 

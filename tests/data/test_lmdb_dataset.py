@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from ase.build import fcc111
+from faenet_ocp.data.lmdb_records import RecordError
 from fairchem.core.common.registry import registry
 from fairchem.core.datasets.atomic_data import AtomicData, atomicdata_list_to_batch
 from fairchem.core.datasets.base_dataset import create_dataset
@@ -22,7 +23,6 @@ import small_data
 from faenet_ocp.data import edges as record_edges
 from faenet_ocp.data import oc20 as lmdb_dataset
 from faenet_ocp.data.lmdb_files import LmdbFile, resolve_files
-from faenet_ocp.data.lmdb_records import RecordError
 from faenet_ocp.data.oc20 import NAMES, OC20LmdbDataset
 from faenet_ocp.graph import lists as edge_lists
 from faenet_ocp.graph.neighbors import build_graph, edge_vectors, limit_neighbors

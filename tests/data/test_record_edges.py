@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from faenet_ocp.data.packed_records import decode_packed, encode_packed, prepare_edges
 
 from faenet_ocp.data import edges as record_edges
 from faenet_ocp.data.batch import SHELL_EDGES, SHELL_OFFSETS, Fields, Reading, make_batch
-from faenet_ocp.data.packed_records import decode_packed, encode_packed, prepare_edges
 from faenet_ocp.data.restricted_pickle import RecordError
 from faenet_ocp.graph import lists as edge_lists
 from faenet_ocp.graph.neighbors import ROUNDING, SHELL_TOLERANCE, edge_lengths, find_edges, limit_neighbors

@@ -1,0 +1,52 @@
+"""Structures of ASE as samples: ``Atoms`` become a record, and that a sample as in a data set."""
+
+import numpy as np
+import torch
+from ase import Atoms
+from ase.constraints import FixAtoms
+from fairchem.core.datasets.atomic_data import AtomicData
+from numpy.typing import NDArray
+
+from faenet_ocp.data.batch import make_batch
+from faenet_ocp.data.fields import Reading
+
+
+def atoms_to_data(
+    atoms: Atoms, *, cutoff: float, max_neighbors: int, dtype: torch.dtype = torch.float32, dataset: str = "oc20"
+) -> AtomicData:
+    """Atoms to a sample with the fields of ``oc20.OC20LmdbDataset``, before transforms.
+
+    Args:
+        atoms: any structure; positions are taken as they are. Atoms in a FixAtoms constraint are `fixed`.
+        cutoff, max_neighbors: see ``graph.build_graph``.
+        dtype: of positions; the graph is that of the positions in this precision.
+        dataset: name of the data set.
+
+    Returns:
+        the sample; `atom_id` (n,) numbers its atoms.
+
+    Raises:
+        ValueError: the structure is none that a record could hold.
+    """
+    record = {
+        "pos": atoms.positions,
+        "cell": atoms.cell.array,
+        "pbc": atoms.pbc,
+        "atomic_numbers": atoms.numbers,
+        "tags": atoms.get_tags(),
+        "fixed": fixed_atoms(atoms),
+    }
+    reading = Reading({}, "recompute", dtype, cutoff, max_neighbors)
+    data = make_batch([record], [str(atoms.info.get("sid", ""))], reading)
+    data.dataset = dataset
+    data.atom_id = torch.arange(len(atoms))
+    return data
+
+
+def fixed_atoms(atoms: Atoms) -> NDArray[np.bool_]:
+    """Which atoms a FixAtoms constraint holds, (n,) bool."""
+    fixed = np.zeros(len(atoms), dtype=bool)
+    for constraint in atoms.constraints:
+        if isinstance(constraint, FixAtoms):
+            fixed[constraint.index] = True
+    return fixed
