@@ -102,11 +102,9 @@ def read_geometry(records: Sequence[Fields], dtype: torch.dtype) -> tuple[list[i
     """
     counts = [_num_atoms(fields) for fields in records]
     pos, cell = (read_field(FIELDS[name], records, counts, dtype) for name in ("pos", "cell"))
-    pbc = (cell != 0).flatten(1).any(1, keepdim=True).repeat(1, 3)
-    for system, fields in enumerate(records):
-        if "pbc" in fields:
-            pbc[system] = converted(array_of(fields, "pbc", (1, 3)), FIELDS["pbc"], torch.bool)
-    return counts, pos, cell, pbc
+    has_cell = (cell != 0).flatten(1).any(1).numpy()[:, None, None].repeat(3, axis=2)
+    given = [array_of(f, "pbc", (1, 3)) if "pbc" in f else own for f, own in zip(records, has_cell, strict=True)]
+    return counts, pos, cell, converted(np.concatenate(given), FIELDS["pbc"], torch.bool)
 
 
 def _num_atoms(fields: Fields) -> int:

@@ -79,7 +79,10 @@ class _Edges(NamedTuple):
 def check_distances(systems: Systems) -> None:
     """RecordError if two atoms of a system, or of its periodic images, lie on one point."""
     lattice = np.where(systems.pbc[:, :, None], systems.cell, 0.0)
-    inverse = np.linalg.pinv(lattice, rcond=1e-6) if lattice.any() else np.zeros_like(lattice)
+    try:
+        inverse = np.linalg.inv(lattice)
+    except np.linalg.LinAlgError:  # one of them is not periodic in three directions
+        inverse = np.linalg.pinv(lattice, rcond=1e-6)
     system, first, second = lists.coincident(systems.first, systems.pos, lattice, inverse)
     if system >= 0:
         raise RecordError(f"has atoms {first} and {second} on one point (in pos)")
