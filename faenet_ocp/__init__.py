@@ -20,6 +20,8 @@ _PUBLIC = {
     "OC20PackedDataset": "faenet_ocp.data.packed",
     "Transform": "faenet_ocp.data.transforms",
     "register_transform": "faenet_ocp.data.transforms",
+    "Field": "faenet_ocp.data.fields",
+    "register_field": "faenet_ocp.data.fields",
     "FAENetTrainer": "faenet_ocp.training.trainer",
     "FAENetCalculator": "faenet_ocp.inference.calculator",
     "Predictor": "faenet_ocp.inference.predictor",

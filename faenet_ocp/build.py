@@ -4,7 +4,6 @@ Every name may be a registered short name or a dotted import path. Arguments are
 they are for, so that a misspelt option is an error before any work starts.
 """
 
-import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from fairchem.core.common.registry import registry
 from torch import nn
 from torch.utils.data import Dataset
 
-from faenet_ocp.config.messages import nearest
+from faenet_ocp.common.checks import nearest, parameters
 from faenet_ocp.config.schema import Config, SourceConfig
 from faenet_ocp.data import packed as packed_dataset  # noqa: F401  # registers the data sets
 from faenet_ocp.kernels import accelerate
@@ -102,7 +101,7 @@ def make_model(config: Config) -> FrameAveragedModel:
     options = {key: value for key, value in config.model.items() if key not in ("name", "heads")}
     graph = {key: options.get(key, default) for key, default in _GRAPH.items()}
     heads = config.model.get("heads") or _default_heads(name, cls, config, options)
-    allowed = _parameters(cls)
+    allowed = parameters(cls)
     backbone = {key: value for key, value in options.items() if allowed is None or key in allowed}
     known = {*(allowed or options), *_GRAPH, *(key for head in heads.values() for key in head)}
     for key in options:
@@ -127,17 +126,9 @@ def _default_heads(name: str, cls: type, config: Config, options: Mapping[str, A
         raise ValueError(f"model.heads: missing; {name} has no default heads, name one for each of {config.properties}")
     heads: dict[str, dict[str, Any]] = cls.default_heads(config.targets)
     for head in heads.values():
-        known = _parameters(registry.get_model_class(head["module"])) or set()
+        known = parameters(registry.get_model_class(head["module"])) or set()
         head.update({key: options[key] for key in known & set(options) - {"backbone", *head}})
     return heads
-
-
-def _parameters(cls: type) -> set[str] | None:
-    """Names that a constructor takes, None if it takes any."""
-    parameters = inspect.signature(cls).parameters.values()
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        return None
-    return {parameter.name for parameter in parameters}
 
 
 def _registered(key: str, name: str, getter: Any, mapping: str) -> type:

@@ -19,7 +19,7 @@ from faenet_ocp import build
 from faenet_ocp.benchmark.published import build_published
 from faenet_ocp.config.schema import build_config
 from faenet_ocp.config.yaml import find_config, load_yaml
-from faenet_ocp.graph.neighbors import edge_vectors
+from faenet_ocp.graph.vectors import edge_vectors
 from faenet_ocp.models.reference_weights import load_reference_state_dict
 from faenet_ocp.targets import TASKS
 from faenet_ocp.tasks.tasks import conservative_outputs, make_tasks

@@ -1,44 +1,50 @@
-"""Checks of the networks' options: what is wrong, where, what is allowed, the nearest match."""
+"""Checks of options and records: what is wrong, where, what is allowed, the nearest match."""
 
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+import inspect
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
 
-from torch import Tensor
-from torch.nn import functional
-
-ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
-    "swish": functional.silu,
-    "silu": functional.silu,
-    "relu": functional.relu,
-    "leaky_relu": functional.leaky_relu,
-    "elu": functional.elu,
-    "gelu": functional.gelu,
-    "softplus": functional.softplus,
-    "tanh": functional.tanh,
-}
+Choice = TypeVar("Choice", str, int)
 
 
-def choice(key: str, value: object, allowed: Sequence[str]) -> str:
-    """Return `value` if it is one of `allowed`.
+class RecordError(ValueError):
+    """A record that cannot be read or used, or that asks for something a record has no business with."""
+
+
+def nearest(name: str, allowed: Iterable[str]) -> str:
+    """'; did you mean X?' or the list of what is allowed, for error messages."""
+    names = sorted(allowed)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else f"; allowed: {', '.join(names) or 'none'}"
+
+
+def choice(key: str, value: object, allowed: Sequence[Choice]) -> Choice:
+    """Return `value` if it is one of `allowed`, in value and type.
 
     Raises:
         ValueError: naming the key, the value, the allowed values and the nearest of them.
     """
-    if isinstance(value, str) and value in allowed:
-        return value
-    near = difflib.get_close_matches(str(value), allowed, n=1, cutoff=0.5)
+    for option in allowed:
+        if type(value) is type(option) and value == option:
+            return option
+    names = [str(option) for option in allowed]
+    near = difflib.get_close_matches(str(value), names, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"{key}: {value!r} is not one of {', '.join(allowed)}{hint}")
+    raise ValueError(f"{key}: {value!r} is not one of {', '.join(names)}{hint}")
+
+
+def parameters(cls: type) -> set[str] | None:
+    """Names that a constructor takes, None if it takes any."""
+    found = inspect.signature(cls).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in found):
+        return None
+    return {parameter.name for parameter in found}
 
 
 def switched_off(value: object) -> bool:
     """Whether an option that takes names is switched off: false, null or an empty text."""
     return value is False or value is None or value == ""
-
-
-def activation(key: str, value: object) -> Callable[[Tensor], Tensor]:
-    """Return the activation function of this name."""
-    return ACTIVATIONS[choice(key, value, tuple(ACTIVATIONS))]
 
 
 def flag(key: str, value: object) -> bool:

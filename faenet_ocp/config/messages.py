@@ -1,6 +1,5 @@
 """Messages about wrong configurations: the key's dotted path, what is wrong with it, and what would be right."""
 
-import difflib
 import re
 import types
 from collections.abc import Mapping, Sequence
@@ -25,12 +24,6 @@ def without_removed(raw: Mapping[str, Any]) -> dict[str, Any]:
         else content
         for section, content in raw.items()
     }
-
-
-def nearest(name: str, allowed: Sequence[str]) -> str:
-    """'; did you mean X?' or the list of what is allowed, for error messages."""
-    close = difflib.get_close_matches(name, allowed, n=1, cutoff=0.6)
-    return f"; did you mean {close[0]}?" if close else f"; allowed: {', '.join(sorted(allowed))}"
 
 
 def explain(problem: Mapping[str, Any], root: type[BaseModel]) -> str:

@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from faenet_ocp.config.messages import explain, nearest
+from faenet_ocp.common.checks import nearest
+from faenet_ocp.config.messages import explain
 from faenet_ocp.targets import TASKS, Target, metrics_of, resolve
 
 FRAME_METHODS = Literal["full", "stochastic", "det", "canonical", "data_augmentation", "none"]

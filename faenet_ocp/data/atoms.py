@@ -1,4 +1,4 @@
-"""ASE's Atoms to samples, with the fields that the data sets give."""
+"""Structures of ASE as samples: ``Atoms`` become a record, and that a sample as in a data set."""
 
 import numpy as np
 import torch
@@ -7,47 +7,38 @@ from ase.constraints import FixAtoms
 from fairchem.core.datasets.atomic_data import AtomicData
 from numpy.typing import NDArray
 
-from faenet_ocp.data.fields import NUM_ELEMENTS
-from faenet_ocp.graph.neighbors import build_graph
+from faenet_ocp.data.batch import make_batch
+from faenet_ocp.data.fields import Reading
 
 
 def atoms_to_data(
     atoms: Atoms, *, cutoff: float, max_neighbors: int, dtype: torch.dtype = torch.float32, dataset: str = "oc20"
 ) -> AtomicData:
-    """Atoms to a sample with the fields of `oc20.OC20LmdbDataset`, before transforms.
+    """Atoms to a sample with the fields of ``oc20.OC20LmdbDataset``, before transforms.
 
     Args:
         atoms: any structure; positions are taken as they are. Atoms in a FixAtoms constraint are `fixed`.
-        cutoff, max_neighbors: see `graph.neighbors.build_graph`.
+        cutoff, max_neighbors: see ``graph.build_graph``.
         dtype: of positions; the graph is that of the positions in this precision.
         dataset: name of the data set.
 
     Returns:
         the sample; `atom_id` (n,) numbers its atoms.
+
+    Raises:
+        ValueError: the structure is none that a record could hold.
     """
-    pos = torch.tensor(atoms.positions, dtype=dtype)
-    cell = torch.tensor(atoms.cell.array, dtype=dtype).view(1, 3, 3)
-    pbc = torch.tensor(atoms.pbc).view(1, 3)
-    edge_index, cell_offsets = build_graph(pos, cell, pbc, cutoff=cutoff, max_neighbors=max_neighbors)
-    atomic_numbers = torch.tensor(atoms.numbers, dtype=torch.long)
-    data = AtomicData(
-        pos=pos,
-        atomic_numbers=atomic_numbers,
-        cell=cell,
-        pbc=pbc,
-        natoms=torch.tensor([len(atoms)]),
-        edge_index=edge_index,
-        cell_offsets=cell_offsets,
-        nedges=torch.tensor([edge_index.shape[1]]),
-        charge=torch.zeros(1, dtype=torch.long),
-        spin=torch.zeros(1, dtype=torch.long),
-        tags=torch.tensor(atoms.get_tags(), dtype=torch.long),
-        fixed=torch.tensor(fixed_atoms(atoms), dtype=torch.long),
-        sid=[str(atoms.info.get("sid", ""))],
-    )
-    data.fid = torch.tensor([-1])
-    data.dataset = dataset  # the constructor would make a list of it
-    data.composition = torch.bincount(atomic_numbers, minlength=NUM_ELEMENTS).view(1, -1).float()
+    record = {
+        "pos": atoms.positions,
+        "cell": atoms.cell.array,
+        "pbc": atoms.pbc,
+        "atomic_numbers": atoms.numbers,
+        "tags": atoms.get_tags(),
+        "fixed": fixed_atoms(atoms),
+    }
+    reading = Reading({}, "recompute", dtype, cutoff, max_neighbors)
+    data = make_batch([record], [str(atoms.info.get("sid", ""))], reading)
+    data.dataset = dataset
     data.atom_id = torch.arange(len(atoms))
     return data
 

@@ -15,12 +15,13 @@ from pathlib import Path
 
 import lmdb
 
-from faenet_ocp.data.lmdb_records import RecordError, decode_count
+from faenet_ocp.common.checks import RecordError
+from faenet_ocp.data.records import decode_count
 
 logger = logging.getLogger(__name__)
 
 PACKED_KEY = b"packed"
-"""Only packed files (``packed_dataset``) have it."""
+"""Only packed files (``packed``) have it."""
 _LENGTH_KEY = b"length"
 _PAGE_SIZE_AT = 40  # bytes into a header page
 _PAGE_SIZES = tuple(2**power for power in range(9, 17))
@@ -61,10 +62,11 @@ def _files_of(path: Path) -> list[Path]:
         found, what = [], f"no file or folder {path}"
     if not found:
         raise FileNotFoundError(what)
-    return sorted(found, key=_natural)
+    return sorted(found, key=natural_order)
 
 
-def _natural(path: Path) -> list[tuple[int, str]]:
+def natural_order(path: Path | str) -> list[tuple[int, str]]:
+    """A key to sort by: 2 before 10."""
     return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", str(path))]
 
 

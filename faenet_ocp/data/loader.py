@@ -8,7 +8,6 @@ ranks, and so is each of its micro-batches; ranks share them as evenly as possib
 import gc
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -123,23 +122,27 @@ class EvalBatchSampler(Sampler[list[Key]]):
             yield [(0, int(index)) for index in self.indices[start : start + self.batch_size]]
 
 
+def _same(item: Any) -> Any:
+    return item
+
+
 class Batches(list[AtomicData]):
     """The micro-batches of one step on one rank."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled with one tensor in place of all: a process takes a third of a millisecond to hand one over."""
-        size, places = 0, []
+        size, segments = 0, []
         states: list[dict[str, Any]] = []
         for batch in self:
             states.append(state := dict(batch.__dict__))
             for name, value in batch.__dict__.items():
                 if isinstance(value, Tensor):
-                    state[name] = place = _Place(size, value.numel() * value.itemsize, value.dtype, value.shape)
-                    places.append((place, value))
-                    size += -(-place.length // _ALIGNMENT) * _ALIGNMENT
+                    state[name] = segment = _Segment(size, value.numel() * value.itemsize, value.dtype, value.shape)
+                    segments.append((segment, value))
+                    size += -(-segment.length // _ALIGNMENT) * _ALIGNMENT
         memory = torch.empty(size, dtype=torch.uint8)
-        for place, value in places:
-            place.of(memory).copy_(value)
+        for segment, value in segments:
+            segment.of(memory).copy_(value)
         return _unpickle_batches, (memory, states)
 
     def pin_memory(self) -> Self:
@@ -152,8 +155,8 @@ class Batches(list[AtomicData]):
 _ALIGNMENT = 64
 
 
-class _Place(NamedTuple):
-    """Of a tensor in a piece of memory: start and length in bytes, type, shape."""
+class _Segment(NamedTuple):
+    """Of a piece of memory, where a tensor is: start and length in bytes, type, shape."""
 
     start: int
     length: int
@@ -168,24 +171,18 @@ def _unpickle_batches(memory: Tensor, states: list[dict[str, Any]]) -> Batches:
     batches = Batches()
     for state in states:
         batch = AtomicData.__new__(AtomicData)
-        batch.__dict__ |= {n: v.of(memory) if isinstance(v, _Place) else v for n, v in state.items()}
+        batch.__dict__ |= {n: v.of(memory) if isinstance(v, _Segment) else v for n, v in state.items()}
         batches.append(batch)
     return batches
 
 
 def collate(samples: Sequence[AtomicData], num_chunks: int = 1) -> Batches:
     """Samples to `num_chunks` batches (micro-batches of one optimiser step)."""
-    chunks = (samples[even_slice(len(samples), num_chunks, chunk)] for chunk in range(num_chunks))
-    return Batches(atomicdata_list_to_batch(chunk) for chunk in chunks)
+    return Batches(atomicdata_list_to_batch(chunk) for chunk in _chunks(samples, num_chunks))
 
 
-class BadSample(NamedTuple):
-    """What a worker sends in place of a batch with a sample that cannot be used: the message of the error.
-
-    An error itself would arrive in the training process with the worker's traceback as its text.
-    """
-
-    reason: str
+def _chunks(items: Sequence[Any], num_chunks: int) -> Iterator[Sequence[Any]]:
+    return (items[even_slice(len(items), num_chunks, chunk)] for chunk in range(num_chunks))
 
 
 class BatchSource(Dataset):
@@ -194,30 +191,37 @@ class BatchSource(Dataset):
     A data set with a method ``load_batch(keys)`` makes a batch as a whole; the samples of others are read one by one.
     """
 
-    def __init__(self, dataset: Dataset, num_chunks: int = 1):
-        self.dataset, self.num_chunks = dataset, num_chunks
+    def __init__(self, dataset: Dataset, num_chunks: int, convert: Callable[[Batches], Any]):
+        self.dataset, self.num_chunks, self.convert = dataset, num_chunks, convert
 
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]
 
-    def __getitems__(self, keys: Sequence[Key]) -> Batches | BadSample:
-        """Called by torch's DataLoader with the keys of a batch."""
-        chunks = (keys[even_slice(len(keys), self.num_chunks, chunk)] for chunk in range(self.num_chunks))
-        try:
-            return Batches(self._load(chunk) for chunk in chunks)
-        except ValueError as error:
-            return BadSample(str(error))
+    def __getitems__(self, keys: Sequence[Key]) -> Any:
+        """Called by torch's DataLoader with the keys of a batch; the text of the error if a sample cannot be used.
 
-    def _load(self, keys: Sequence[Key]) -> AtomicData:
-        load_batch = getattr(self.dataset, "load_batch", None)
-        if load_batch is None:
-            return atomicdata_list_to_batch([self.dataset[key] for key in keys])
+        An error itself would arrive in the training process with the worker's traceback as its text.
+        """
         try:
-            return load_batch(keys)
-        except ValueError:
-            for key in keys:  # one by one, to say which it is
-                self.dataset[key]
-            raise
+            return self.convert(Batches(load_batch(self.dataset, chunk) for chunk in _chunks(keys, self.num_chunks)))
+        except ValueError as error:
+            return str(error)
+
+
+def load_batch(dataset: Dataset, keys: Sequence[Key]) -> AtomicData:
+    """One batch, from whichever data set.
+
+    Raises:
+        ValueError: one of the samples cannot be used; which, and why.
+    """
+    if not hasattr(dataset, "load_batch"):
+        return atomicdata_list_to_batch([dataset[key] for key in keys])
+    try:
+        return dataset.load_batch(keys)
+    except ValueError:
+        for key in keys:  # one by one, to say which it is
+            dataset[key]
+        raise
 
 
 class Loader(DataLoader):
@@ -225,8 +229,8 @@ class Loader(DataLoader):
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         for batches in super().__iter__():
-            if isinstance(batches, BadSample):
-                raise ValueError(batches.reason)
+            if isinstance(batches, str):
+                raise ValueError(batches)
             yield batches
 
 
@@ -239,7 +243,7 @@ def make_loader(
     persistent: bool = False,
     context: str = "fork",
     pin_memory: bool = False,
-    convert: Callable[[Batches], Any] | None = None,
+    convert: Callable[[Batches], Any] = _same,
 ) -> Loader:
     """A loader of `Batches`.
 
@@ -255,19 +259,15 @@ def make_loader(
         convert: what is wanted of each `Batches`, made where it is loaded; default: these themselves.
     """
     return Loader(
-        BatchSource(dataset, num_chunks),
+        BatchSource(dataset, num_chunks, convert),
         batch_sampler=batch_sampler,
-        collate_fn=partial(_converted, convert),
+        collate_fn=_same,
         num_workers=num_workers,
         persistent_workers=persistent and num_workers > 0,
         multiprocessing_context=context if num_workers > 0 else None,
         worker_init_fn=_begin_worker,
         pin_memory=pin_memory,
     )
-
-
-def _converted(convert: Callable[[Batches], Any] | None, batches: Batches | BadSample) -> Any:
-    return batches if convert is None or isinstance(batches, BadSample) else convert(batches)
 
 
 def _begin_worker(_worker: int) -> None:

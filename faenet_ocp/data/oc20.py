@@ -4,12 +4,10 @@ Registered with fairchem as ``oc20_lmdb`` and, for OCP configs, ``lmdb``, ``sing
 Shapes: n atoms and e edges of one sample. Energies in eV, forces in eV/A, lengths in A.
 """
 
-import difflib
 import hashlib
-import importlib
+import io
 import itertools
 import logging
-import os
 import zipfile
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
@@ -25,28 +23,21 @@ from fairchem.core.datasets.base_dataset import BaseDataset
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from faenet_ocp.data.batch import (
-    NUM_ELEMENTS,
-    Fields,
-    Reading,
-    array_of,
-    assign_batch_stats,
-    make_batch,
-    whole_number,
-)
+from faenet_ocp.common.checks import RecordError, choice, nearest, positive, whole_number
+from faenet_ocp.common.files import write_bytes
+from faenet_ocp.data.batch import assign_batch_stats, make_batch
+from faenet_ocp.data.fields import Fields, Reading, array_of, declare_labels, number_of
 from faenet_ocp.data.lmdb_files import LmdbFile, resolve_files
-from faenet_ocp.data.lmdb_records import RecordError, decode_record
+from faenet_ocp.data.records import decode_record
 from faenet_ocp.data.transforms import Compose
-
-__all__ = ["NUM_ELEMENTS", "OC20LmdbDataset"]
+from faenet_ocp.targets import TARGETS
 
 logger = logging.getLogger(__name__)
 
 NAMES = ("oc20_lmdb", "lmdb", "single_point_lmdb", "trajectory_lmdb")
 EDGES = ("stored", "recompute", "none")
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
-LABELS = {"energy": ("y_relaxed", "energy", "y"), "forces": ("forces", "force")}
-"""The labels, and the names they have had in OC20 files: IS2RE, fairchem 1.x, earlier."""
+_OWN_KEYS = ("src", "labels", "key_mapping", "edges", "cutoff", "max_neighbors", "transforms", "seed", "dtype")
 # Read by fairchem's create_dataset from the same mapping.
 _HOST_KEYS = ("format", "first_n", "sample_n", "no_shuffle", "max_atoms", "subset_to")
 
@@ -54,23 +45,23 @@ _HOST_KEYS = ("format", "first_n", "sample_n", "no_shuffle", "max_atoms", "subse
 class OC20LmdbDataset(BaseDataset[AtomicData]):
     """Samples of one or more LMDB files, in their order.
 
-    ``dataset[index]`` and ``dataset[epoch, index]`` (plain index: epoch 0) give an ``AtomicData`` with energy (1,) and
-    forces (n, 3) as far as asked for by `labels`, sid, fid (1,) (-1 where a record has none), tags, fixed, edges, the
-    attribute `dataset`, and composition (1, 119), the atoms of each element before transforms. Random transforms depend
-    on (seed, epoch, index) only: not on worker, rank or batch.
+    ``dataset[index]`` and ``dataset[epoch, index]`` (plain index: epoch 0) give an ``AtomicData`` with the fields of
+    ``fields.FIELDS``: the labels asked for, sid, fid (-1 where a record has none), tags, fixed, edges, `dataset`, and
+    composition, the atoms of each element before transforms. Random transforms depend on (seed, epoch, index) only: not
+    on worker, rank or batch. A record without cell is a molecule; one with a cell and no `pbc` is periodic.
 
     Edges: `edges: stored` (the default) takes the record's own and builds them where a record has none; `recompute`
-    always builds them; `none` leaves them to the model. Either way ``graph.limit_neighbors`` cuts them to `cutoff` and
-    `max_neighbors` **before** transforms, so removing sub-surface atoms does not bring in other neighbours. OC20 stores
-    the 50 nearest neighbours within 6 A, cut strictly. Where the stored list of an atom ends inside the shell of its
-    last neighbour, that list is built anew, so that the graph is always the one that `recompute` gives. That
-    holds as long as `cutoff` is at most that of the file and the file has more neighbours than asked for, where there
-    are more; use `recompute` for larger limits.
+    always builds them; `none` leaves them to the model. Either way they are cut to `cutoff` and `max_neighbors`
+    (``graph.lists``) **before** transforms, so removing sub-surface atoms does not bring in other neighbours. OC20
+    stores the 50 nearest neighbours within 6 A, cut strictly. Where the stored list of an atom ends inside the shell of
+    its last neighbour, that list is built anew, so that the graph is always the one that `recompute` gives. That holds
+    as long as `cutoff` is at most that of the file and the file has more neighbours than asked for, where there are
+    more; use `recompute` for larger limits.
 
-    Labels: `key_mapping` ({record's name: energy or forces}) says where a label is. Several names may map to one label
-    if each record has one of them; the label's own name serves where a record has none of these. A label without
-    mapping is looked for under the names of all eras (``LABELS``). Several candidates in a record are an error, never
-    a guess.
+    Labels: `key_mapping` ({record's name: label}) says where a label is. Several names may map to one label if each
+    record has one of them; the label's own name serves where a record has none of these. A label without mapping is
+    looked for under the names of all eras (``targets``). Several candidates in a record are an error, never a guess. A
+    label that is no row of ``targets`` is a scalar of the system.
 
     Args:
         config: a mapping with
@@ -106,13 +97,16 @@ class OC20LmdbDataset(BaseDataset[AtomicData]):
             edges=config.get("edges", "stored"),
             dtype=DTYPES[config.get("dtype", "float32")],
             cutoff=config.get("cutoff", 0.0),
-            max_neighbors=int(config.get("max_neighbors", 0)),
+            max_neighbors=config.get("max_neighbors", 0),
         )
-        if self._reading.edges != "none":  # compiled here and once, not in each loader worker
-            importlib.import_module("faenet_ocp.data.edges")
+        declare_labels(self._reading.labels)
         self.transforms = Compose(config.get("transforms") or {})
         self.seed = config.get("seed", 0)
         self.name = config.get("dataset_name", "oc20")
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        declare_labels(self._reading.labels)  # this may be another process
 
     def __getitem__(self, key: int | tuple[int, int]) -> AtomicData:
         data = self._load([key])
@@ -137,7 +131,7 @@ class OC20LmdbDataset(BaseDataset[AtomicData]):
 
     def _load(self, keys: Sequence[int | tuple[int, int]]) -> AtomicData:
         pairs = [key if isinstance(key, tuple) else (0, key) for key in keys]
-        places = [self._locate(int(index)) for _, index in pairs]
+        places = [self.locate(int(index)) for _, index in pairs]
         values = [file.read(position) for file, position in places]
         file, position = places[0]
         name = f"{file.path}: record {file.numbers[position]}" if len(keys) == 1 else f"one of {len(keys)} records"
@@ -161,7 +155,8 @@ class OC20LmdbDataset(BaseDataset[AtomicData]):
     def _make(self, records: Sequence[Fields], sids: list[str]) -> AtomicData:
         return make_batch(records, sids, self._reading, surface=self.transforms.removes_subsurface_first)
 
-    def _locate(self, index: int) -> tuple[LmdbFile, int]:
+    def locate(self, index: int) -> tuple[LmdbFile, int]:
+        """The file of a sample and its position there."""
         if not 0 <= index < self.num_samples:
             raise IndexError(f"sample {index} of {self.num_samples}")
         number = bisect_right(self._ends, index)
@@ -198,16 +193,16 @@ class OC20LmdbDataset(BaseDataset[AtomicData]):
     def _collect_natoms(self) -> NDArray[np.int64]:
         natoms = np.empty(self.num_samples, dtype=np.int64)
         for index in tqdm(range(self.num_samples), desc="sizes of the systems", unit="system", mininterval=1.0):
-            file, position = self._locate(index)
+            file, position = self.locate(index)
             try:
                 natoms[index] = len(array_of(self._decode(file.read(position)), "pos", (None, 3)))
             except RecordError as error:
                 raise RecordError(f"{file.path}: record {file.numbers[position]} {error}") from error
         if self._size_cache is not None:
+            content = io.BytesIO()
+            np.save(content, natoms)
             self._size_cache.parent.mkdir(parents=True, exist_ok=True)
-            partial = self._size_cache.with_suffix(f".{os.getpid()}.npy")
-            np.save(partial, natoms)
-            partial.replace(self._size_cache)
+            write_bytes(self._size_cache, content.getvalue())
         return natoms
 
     @property
@@ -224,44 +219,37 @@ class OC20LmdbDataset(BaseDataset[AtomicData]):
 
 
 def _check_config(config: Mapping[str, Any]) -> None:
-    own = ("src", "labels", "key_mapping", "edges", "cutoff", "max_neighbors", "transforms", "seed", "dtype")
-    allowed = (*own, "dataset_name", "cache_dir", *_HOST_KEYS)
+    allowed = (*_OWN_KEYS, "dataset_name", "cache_dir", *_HOST_KEYS)
     for key in config:
         if key not in allowed:
-            near = difflib.get_close_matches(str(key), allowed, n=1)
-            raise ValueError(f"dataset: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+            raise ValueError(f"dataset: unknown key {key!r}{nearest(str(key), allowed)}")
     if "src" not in config:
         raise ValueError("dataset: no src: a file, a folder, a glob or a list of these")
-    for key, choices, default in (("edges", EDGES, "stored"), ("dtype", tuple(DTYPES), "float32")):
-        if config.get(key, default) not in choices:
-            raise ValueError(f"dataset.{key}: {config[key]!r} is not one of {', '.join(choices)}")
+    choice("dataset.edges", config.get("edges", "stored"), EDGES)
+    choice("dataset.dtype", config.get("dtype", "float32"), tuple(DTYPES))
     if config.get("edges") != "none":
-        for key in ("cutoff", "max_neighbors"):
-            if not isinstance(config.get(key), int | float) or not config[key] > 0:
-                raise ValueError(f"dataset.{key}: {config.get(key)!r} must be positive (unless edges: none)")
-        if not float(config["max_neighbors"]).is_integer():
-            raise ValueError(f"dataset.max_neighbors: {config['max_neighbors']!r} must be a whole number")
+        positive("dataset.cutoff", config.get("cutoff"))
+        whole_number("dataset.max_neighbors", config.get("max_neighbors"), minimum=1)
 
 
 def _label_sources(labels: Sequence[str] | None, key_mapping: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
     """Each label asked for, and the names under which records may have it."""
-    for name, label in key_mapping.items():
-        if label not in LABELS:
-            raise ValueError(f"key_mapping.{name}: {label!r} is not one of {', '.join(LABELS)}")
     if labels is None:
         labels = list(dict.fromkeys(key_mapping.values())) or ["energy"]
+    for name, label in key_mapping.items():
+        if labels and label not in labels and label not in TARGETS:
+            raise ValueError(f"dataset.key_mapping.{name}: {label!r} is no label{nearest(label, {*labels, *TARGETS})}")
     sources = {}
     for label in labels:
-        if label not in LABELS:
-            raise ValueError(f"labels: {label!r} is not one of {', '.join(LABELS)}")
-        sources[label] = tuple(name for name, target in key_mapping.items() if target == label) or LABELS[label]
+        known = TARGETS[label].aliases if label in TARGETS else (label,)
+        sources[label] = tuple(name for name, target in key_mapping.items() if target == label) or known
     return sources
 
 
 def _identifier(fields: Fields, default: str) -> str:
     """The sid as text: a number in OC20, free text elsewhere, the sample's index if there is none."""
     sid = fields.get("sid", default)
-    return sid if isinstance(sid, str) else str(whole_number(fields, "sid", default=0))
+    return sid if isinstance(sid, str) else str(number_of(fields, "sid", default=0))
 
 
 def _read_metadata(files: Sequence[LmdbFile]) -> dict[str, NDArray[Any]]:

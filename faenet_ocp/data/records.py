@@ -1,4 +1,8 @@
-"""What a pickled record of OC20 may name, and what stands for it here.
+"""Reads the records of OC20's LMDB files, pickled PyG ``Data`` objects, without being able to run anything.
+
+Layouts: PyG 1.x stores the attribute dict as the state of ``Data``; PyG 2.x stores a ``GlobalStorage`` with a
+``_mapping`` in it. Instruction by instruction they are read by ``restricted_pickle``; here is what they may name, and
+what stands for it.
 
 A tensor is pickled as a call of ``_rebuild_tensor_v2`` on a storage, and a storage as a call of ``_load_from_bytes``,
 which in torch is a hidden ``torch.load``. Here both are functions of this module, and the payload is read as data: five
@@ -16,14 +20,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from faenet_ocp.common.checks import RecordError
 from faenet_ocp.data.restricted_pickle import (
     ClassMark,
     Function,
     Instance,
     PickleReader,
-    RecordError,
     Stateful,
     check,
+    load,
     type_name,
 )
 
@@ -54,12 +59,21 @@ _STORAGE_DTYPES = {
 }
 
 
-def fields_of(root: Any) -> dict[str, Any]:
-    """Return the fields of a ``Data``, as read; see ``lmdb_records.decode_record``.
+def decode_record(value: bytes) -> dict[str, Any]:
+    """Return the fields of a pickled ``Data`` of PyG 1.x or 2.x.
+
+    Args:
+        value: the bytes stored under a key.
+
+    Returns:
+        Field name to value: tensors and arrays as read-only numpy arrays (views of `value` or of parts of it), numbers
+        and strings as they are. Fields that are None or private are left out.
 
     Raises:
-        RecordError: `root` is no ``Data``, or one without fields.
+        RecordError: `value` is cut short, damaged, not a ``Data``, or names a class or function that no OC20 record
+            needs; nothing it names has been run or imported.
     """
+    root = load(value, _find)
     if not isinstance(root, Instance) or root.cls.name != "Data":
         raise RecordError(f"is no pickled torch_geometric Data but a {type_name(root)}")
     fields: Any = root.attributes
@@ -75,10 +89,24 @@ def fields_of(root: Any) -> dict[str, Any]:
     }
 
 
+def decode_count(value: bytes) -> int:
+    """Return the number stored under the key ``length``.
+
+    Raises:
+        RecordError: it is no whole number, at least 0.
+    """
+    count = load(value, _find)
+    if isinstance(count, np.ndarray) and count.size == 1:
+        count = count.item()
+    if type(count) is not int or count < 0:
+        raise RecordError(f"is no number of records but {count if type(count) is int else type_name(count)}")
+    return count
+
+
 # Tensors
 
 
-class StorageType(NamedTuple):
+class _StorageType(NamedTuple):
     dtype: np.dtype[Any]
 
 
@@ -91,14 +119,14 @@ class _Storage(NamedTuple):
 def _storage_from_id(identifier: Any) -> _Storage:
     kind, storage_type, key, _location, elements, view = identifier
     check(kind == "storage" and view is None, "a tensor storage of unknown layout")
-    check(type(storage_type) is StorageType and type(key) is str and type(elements) is int, "a damaged storage")
+    check(type(storage_type) is _StorageType and type(key) is str and type(elements) is int, "a damaged storage")
     return _Storage(key, storage_type.dtype, elements)
 
 
 def _load_from_bytes(payload: Any) -> NDArray[Any]:
     """Stands for ``torch.storage._load_from_bytes``: the elements (n,) of a storage, as a view of `payload`."""
     check(type(payload) is bytes, "a tensor storage that is no bytes")
-    reader = PickleReader(payload, find, _storage_from_id)
+    reader = PickleReader(payload, _find, _storage_from_id)
     if payload.startswith(_USUAL_START):
         reader.pos = len(_USUAL_START)
     else:
@@ -117,7 +145,7 @@ def _load_from_bytes(payload: Any) -> NDArray[Any]:
     return np.frombuffer(payload, storage.dtype, elements, start)
 
 
-def rebuild_tensor(
+def _rebuild_tensor(
     storage: Any, offset: Any, size: Any, stride: Any, requires_grad: Any = False, hooks: Any = None, extra: Any = None
 ) -> NDArray[Any]:
     """Stands for ``torch._utils._rebuild_tensor_v2``: an array of that shape in the storage.
@@ -125,7 +153,7 @@ def rebuild_tensor(
     A shape with more elements than the storage (an expanded tensor) is refused: its copy could be of any size.
     """
     check(type(storage) is np.ndarray and storage.ndim == 1, "a tensor without storage")
-    elements, last, is_contiguous = extent(offset, size, stride)
+    elements, last, is_contiguous = _extent(offset, size, stride)
     if elements > len(storage) or last >= len(storage):
         raise RecordError(f"holds a tensor of shape {size} in a storage of {len(storage)} elements")
     if is_contiguous:
@@ -135,7 +163,7 @@ def rebuild_tensor(
 
 
 @lru_cache(maxsize=4096)
-def extent(offset: Any, size: Any, stride: Any) -> tuple[int, int, bool]:
+def _extent(offset: Any, size: Any, stride: Any) -> tuple[int, int, bool]:
     """Number of elements of a tensor, place of the last one in its storage, whether they lie one after the other."""
     numbers = (offset, *size, *stride)
     plausible = len(size) == len(stride) <= _MAX_DIMS and all(type(n) is int and 0 <= n < 2**63 for n in numbers)
@@ -193,26 +221,23 @@ def _numpy_from_buffer(raw: Any, dtype: Any, shape: Any, order: Any) -> NDArray[
 
 # All that a record may name
 
-REBUILD_TENSOR, LOAD_FROM_BYTES = Function(rebuild_tensor), Function(_load_from_bytes)
-NO_HOOKS = Function(lambda: {})  # backward hooks: empty
-NUMPY_TYPE, NUMPY_SCALAR = Function(_numpy_type), Function(_numpy_scalar)
 _NUMPY_FUNCTIONS = {
-    "multiarray.scalar": NUMPY_SCALAR,
+    "multiarray.scalar": Function(_numpy_scalar),
     "multiarray._reconstruct": Function(lambda *_: _NumpyArray()),
     "numeric._frombuffer": Function(_numpy_from_buffer),
 }
-_KNOWN: dict[str, Function | ClassMark | StorageType] = {
-    "torch._utils._rebuild_tensor_v2": REBUILD_TENSOR,
-    "torch.storage._load_from_bytes": LOAD_FROM_BYTES,
-    "collections.OrderedDict": NO_HOOKS,
-    "numpy.dtype": NUMPY_TYPE,
+_KNOWN: dict[str, Function | ClassMark | _StorageType] = {
+    "torch._utils._rebuild_tensor_v2": Function(_rebuild_tensor),
+    "torch.storage._load_from_bytes": Function(_load_from_bytes),
+    "collections.OrderedDict": Function(lambda: {}),  # backward hooks: empty
+    "numpy.dtype": Function(_numpy_type),
     "numpy.ndarray": ClassMark("numpy", "ndarray"),
     **{f"numpy.{core}.{name}": function for core in ("core", "_core") for name, function in _NUMPY_FUNCTIONS.items()},
-    **{f"torch.{name}": StorageType(dtype) for name, dtype in _STORAGE_DTYPES.items()},
+    **{f"torch.{name}": _StorageType(dtype) for name, dtype in _STORAGE_DTYPES.items()},
 }
 
 
-def find(module: str, name: str) -> Function | ClassMark | StorageType:
+def _find(module: str, name: str) -> Function | ClassMark | _StorageType:
     known = _KNOWN.get(f"{module}.{name}")
     if known is None:
         if not module.startswith("torch_geometric.data."):

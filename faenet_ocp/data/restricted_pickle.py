@@ -12,9 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-
-class RecordError(ValueError):
-    """A record that cannot be read or used, or that asks for something a record has no business with."""
+from faenet_ocp.common.checks import RecordError
 
 
 class ClassMark(NamedTuple):

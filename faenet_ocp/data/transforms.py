@@ -5,12 +5,10 @@
 They run in the order of the file. Each is called with the sample and a generator that belongs to this sample and epoch
 alone, the only source of randomness allowed. A transform of your own is a subclass of ``Transform`` with keyword-only
 arguments, named by ``@register_transform("name")`` or by its dotted import path. Loading is faster with a subclass of
-``BatchTransform``.
+``BatchTransform``. If it adds a field to the sample, ``register_field`` says what that is.
 """
 
-import difflib
 import importlib
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -19,7 +17,10 @@ import torch
 from fairchem.core.datasets.atomic_data import AtomicData
 from torch import Tensor
 
+from faenet_ocp.common.checks import choice, flag, nearest, parameters
+from faenet_ocp.data.fields import level_of
 from faenet_ocp.frames import DIMS, GROUPS, METHODS, compute_frames, random_rotations, rotate
+from faenet_ocp.targets import TARGETS
 
 TRANSFORMS: dict[str, type["Transform"]] = {}
 
@@ -98,6 +99,8 @@ class Compose:
                     data = transform.batch(data, generators)
                 else:
                     data = transform(data, *generators)
+                for field in data.keys():  # noqa: SIM118  # it is no dict
+                    level_of(field)
             except ValueError as error:
                 raise ValueError(f"transform {name}: {error}") from error
         return data
@@ -107,10 +110,10 @@ def _build(name: str, arguments: Mapping[str, Any]) -> Transform:
     cls = _find(name)
     if not isinstance(arguments, Mapping):
         raise ValueError(f"transforms.{name}: arguments must be a mapping, not {arguments!r}")
-    allowed = list(inspect.signature(cls).parameters)
+    allowed = parameters(cls)
     for key in arguments:
-        if key not in allowed:
-            raise ValueError(f"transforms.{name}.{key}: unknown key; {_suggestion(str(key), allowed)}")
+        if allowed is not None and key not in allowed:
+            raise ValueError(f"transforms.{name}.{key}: unknown key{nearest(str(key), allowed)}")
     try:
         return cls(**arguments)
     except (TypeError, ValueError) as error:
@@ -122,20 +125,15 @@ def _find(name: str) -> type[Transform]:
         return TRANSFORMS[name]
     module, _, attribute = name.rpartition(".")
     if not module:
-        raise ValueError(f"transforms.{name}: unknown transform; {_suggestion(name, list(TRANSFORMS))}")
+        raise ValueError(f"transforms.{name}: unknown transform{nearest(name, TRANSFORMS)}; or a dotted import path")
     try:
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"transforms.{name}: cannot be imported: {error}") from error
     # A config must not be able to call just anything that can be imported.
-    if not (inspect.isclass(found) and issubclass(found, Transform)):
+    if not (isinstance(found, type) and issubclass(found, Transform)):
         raise ValueError(f"transforms.{name}: is no subclass of {Transform.__module__}.Transform")
     return found
-
-
-def _suggestion(name: str, allowed: list[str]) -> str:
-    near = difflib.get_close_matches(name, allowed, n=1)
-    return f"did you mean {near[0]!r}?" if near else f"known are: {', '.join(sorted(allowed)) or 'none'}"
 
 
 @register_transform("remove_subsurface")
@@ -155,21 +153,18 @@ class RemoveSubsurface(BatchTransform):
 
 
 def _keep_atoms(data: AtomicData, keep: Tensor) -> AtomicData:
-    num_atoms, num_systems = len(keep), len(data.natoms)
+    num_systems = len(data.natoms)
     natoms = torch.bincount(data.batch[keep], minlength=num_systems)
     if bool((natoms == 0).any()):
         raise ValueError("no atom would be left: all tags are 0")
     source, target = data.edge_index
-    atoms, kept = (torch.nonzero(mask).view(-1) for mask in (keep, keep[source] & keep[target]))
+    edges = torch.nonzero(keep[source] & keep[target]).view(-1)
+    rows = {"atom": torch.nonzero(keep).view(-1), "edge": edges}
     new_index = torch.cumsum(keep, 0) - 1
-    edge_index = torch.stack([new_index[source[kept]], new_index[target[kept]]])
-    edges = {"edge_index": edge_index, "cell_offsets": data.cell_offsets.index_select(0, kept)}
+    data.edge_index = torch.stack([new_index[source[edges]], new_index[target[edges]]])
     for name, value in data:
-        # Fields of the systems are as long only if each system is one atom, and then all atoms are kept.
-        if name not in edges and isinstance(value, Tensor) and value.dim() > 0 and len(value) == num_atoms:
-            data[name] = value[atoms]
-    for name, value in edges.items():
-        data[name] = value
+        if name != "edge_index" and (level := level_of(name)) in rows:
+            data[name] = value.index_select(0, rows[level])
     data.natoms = natoms
     data.nedges = torch.bincount(data.batch[data.edge_index[1]], minlength=num_systems)
     return data
@@ -183,10 +178,8 @@ class FrameAveraging(BatchTransform):
     """
 
     def __init__(self, *, dim: int = 3, group: str = "E", method: str = "stochastic", tolerance: float = 1e-3):
-        _check_choice("dim", dim, DIMS)
-        _check_choice("group", group, GROUPS)
-        _check_choice("method", method, METHODS)
-        self.dim, self.group, self.method, self.tolerance = dim, group, method, tolerance
+        self.dim, self.group = choice("dim", dim, DIMS), choice("group", group, GROUPS)
+        self.method, self.tolerance = choice("method", method, METHODS), tolerance
 
     def batch(self, data: AtomicData, generators: Sequence[torch.Generator]) -> AtomicData:
         _require_no_frames(data)
@@ -207,7 +200,7 @@ class FrameAveraging(BatchTransform):
 
 @register_transform("data_augmentation")
 class DataAugmentation(BatchTransform):
-    """Rotates the sample by a random rotation: positions, cell and force labels, X' = X @ U.
+    """Rotates the sample by a random rotation: positions, cell and vectors to predict, X' = X @ U.
 
     Args:
         dim: 3, or 2 to rotate about z only.
@@ -215,9 +208,7 @@ class DataAugmentation(BatchTransform):
     """
 
     def __init__(self, *, dim: int = 3, reflect: bool = False):
-        _check_choice("dim", dim, DIMS)
-        _check_choice("reflect", reflect, (True, False))
-        self.dim, self.reflect = dim, reflect
+        self.dim, self.reflect = choice("dim", dim, DIMS), flag("reflect", reflect)
 
     def batch(self, data: AtomicData, generators: Sequence[torch.Generator]) -> AtomicData:
         _require_no_frames(data)
@@ -232,16 +223,12 @@ class DataAugmentation(BatchTransform):
         rot = frames.rot[:, 0]
         data.pos = rotate(data.pos, rot[data.batch])
         data.cell = rotate(data.cell, rot)
-        if "forces" in data:
-            data.forces = rotate(data.forces, rot[data.batch])
+        for target in TARGETS.values():
+            if target.rank == 1 and target.name in data:
+                data[target.name] = rotate(data[target.name], rot[data.batch])
         return data
 
 
 def _require_no_frames(data: AtomicData) -> None:
     if "frame_rot" in data:
         raise ValueError("must come before frame_averaging: the frames belong to the atoms as they were")
-
-
-def _check_choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
-    if value not in allowed or isinstance(value, bool) != isinstance(allowed[0], bool):
-        raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}")

@@ -1,8 +1,11 @@
-"""The edges of all records of a batch, in machine code (numba): which are kept, in which order, which are missing.
+"""Neighbour lists in machine code (numba): which edges are kept, in which order; atoms that lie on one point.
 
-The edges are those that ``graph.limit_neighbors`` keeps, to the last bit, in a small part of the time: one pass with
-all of an edge at hand instead of some 50 over arrays. Conventions as in ``graph``. Importing this file compiles it:
-seconds the first time, then it is read from numba's cache. Do it before processes start that would each do it.
+An atom keeps its `max_neighbors` nearest neighbours **and** all others as far away as the last of these, because slabs
+are full of equal distances: which of them a strict cut keeps depends on the order of the atoms and on rounding, so a
+rotated, reflected or permuted copy of a system would have another graph and another energy.
+
+All systems of a batch are worked on together, with all of an edge at hand. Importing this file compiles it: seconds the
+first time, then it is read from numba's cache. Do it before processes start that would each do it.
 
 Shapes: B systems, N atoms and E edges of all of them together. Lists of edges come in parts: index (2, E) source and
 target in the numbering of their system, offsets (E, 3), and of each part its system and where it ends, (P,).
@@ -17,11 +20,21 @@ _INT, _INTS, _PAIRS = nb.int64, nb.int64[::1], nb.int64[:, ::1]
 _FLOAT, _FLOATS, _ROWS = nb.float64, nb.float64[::1], nb.float64[:, ::1]
 _BOXES, _BOOLS = nb.float64[:, :, ::1], nb.boolean[::1]
 
+SHELL_TOLERANCE = 0.01
+"""Distances are one shell if they exceed the distance of the last neighbour kept by no more than this.
+
+It is the value fairchem uses: a thousand times the rounding of float32 coordinates, and below the spacing of different
+shells. It is counted from that one distance only, so a chain of close distances cannot draw in more and more atoms.
+"""
+ROUNDING = 1e-4
+"""An edge exactly as long as the cutoff is kept on all sides, whatever its last digits are."""
+RESOLUTION = 2.0**-20
+"""Distances closer than this (the rounding of float32 coordinates) are ordered by source and offsets instead."""
+CLOSEST = 1e-3
+"""Atoms closer than this lie on one point: far above rounding of coordinates, and a hundredth of what atoms can be."""
+
 GOOD, NOT_WHOLE = -1, -2
 """What ``nearest`` says of offsets and atoms, or the system (0 to B - 1) that has edges of atoms it does not have."""
-_MAX_COORDINATE = 1e4
-_MAX_IMAGES = 1e4
-_FLATTEST = 1e-3
 
 
 @compiled()
@@ -31,7 +44,7 @@ def _is_whole(number):
 
 @compiled()
 def _length(pos, source, target, box, a, b, c):
-    """As ``graph.edge_lengths``: the same operations in the same order."""
+    """As ``vectors.edge_lengths``: the same operations in the same order."""
     x = pos[source, 0] - pos[target, 0] + a * box[0, 0] + b * box[1, 0] + c * box[2, 0]
     y = pos[source, 1] - pos[target, 1] + a * box[0, 1] + b * box[1, 1] + c * box[2, 1]
     z = pos[source, 2] - pos[target, 2] + a * box[0, 2] + b * box[1, 2] + c * box[2, 2]
@@ -72,25 +85,7 @@ def _sort(order, scratch, key, sources, offsets):
 
 
 @compiled()
-def _duals(cell):
-    """Rows (3, 3) whose products with a vector are its coordinates in lattice vectors; infinite for a flat cell."""
-    duals, volume, edges = np.empty((3, 3)), 0.0, 1.0
-    for axis in range(3):
-        first, second, third = cell[axis], cell[(axis + 1) % 3], cell[(axis + 2) % 3]
-        volume = 0.0
-        for i in range(3):
-            j, k = (i + 1) % 3, (i + 2) % 3
-            duals[axis, i] = second[j] * third[k] - second[k] * third[j]
-            volume += first[i] * duals[axis, i]
-        edges *= np.sqrt(first[0] * first[0] + first[1] * first[1] + first[2] * first[2])
-    for axis in range(3):
-        for i in range(3):
-            duals[axis, i] = duals[axis, i] / volume if abs(volume) > _FLATTEST * edges else np.inf
-    return duals
-
-
-@compiled()
-def _measure(index, offsets, systems, ends, first_atom, pos, cell, wanted, longest, length, centre, given, count):
+def _measure(index, offsets, systems, ends, first_atom, pos, cell, wanted, cutoff, length, centre, given, count):
     """Fill length (E,), centre (E,), the target in the batch, -1 for edges left out, given (N,) and count (N,)."""
     begin = 0
     for part in range(len(systems)):
@@ -109,7 +104,7 @@ def _measure(index, offsets, systems, ends, first_atom, pos, cell, wanted, longe
                 return NOT_WHOLE
             given[target] += 1
             length[edge] = _length(pos, source, target, cell[system], a, b, c)
-            if length[edge] <= longest and (length[edge] > 0 or source != target):  # no neighbour of itself
+            if length[edge] <= cutoff + ROUNDING and (length[edge] > 0 or source != target):  # no neighbour of itself
                 centre[edge] = target
                 count[target] += 1
         begin = ends[part]
@@ -118,21 +113,19 @@ def _measure(index, offsets, systems, ends, first_atom, pos, cell, wanted, longe
 
 @compiled(
     nb.Tuple((_INT, _INTS, _INTS, _INTS, _FLOATS))(
-        _PAIRS, _ROWS, _INTS, _INTS, _INTS, _ROWS, _BOXES, _BOOLS, _FLOAT, _INT, _FLOAT, _FLOAT
+        _PAIRS, _ROWS, _INTS, _INTS, _INTS, _ROWS, _BOXES, _BOOLS, _FLOAT, _INT
     )
 )
-def nearest(
-    index, offsets, systems, ends, first_atom, pos, cell, wanted, longest, max_neighbors, tolerance, resolution
-):
-    """Choose the edges of the nearest neighbours, as ``graph.limit_neighbors`` does.
+def nearest(index, offsets, systems, ends, first_atom, pos, cell, wanted, cutoff, max_neighbors):
+    """Choose the edges of the nearest neighbours, last shells whole.
 
     Args:
-        index, offsets, systems, ends: the edges.
+        index, offsets, systems, ends: the edges, in any order.
         first_atom: (B + 1,) where the atoms of each system begin.
         pos, cell: (N, 3) and (B, 3, 3).
         wanted: (N,) the targets that matter; edges of others are left out.
-        longest: length up to which edges are kept.
-        max_neighbors, tolerance, resolution: of ``graph.limit_neighbors``.
+        cutoff: length up to which edges are kept (and `ROUNDING` more).
+        max_neighbors: neighbours kept of each target, and with the last of them all that are as far away as it.
 
     Returns:
         GOOD, NOT_WHOLE or a system with wrong edges; the positions of the edges kept, ordered by target, distance,
@@ -140,9 +133,7 @@ def nearest(
     """
     length, centre = np.empty(len(offsets)), np.empty(len(offsets), np.int64)
     given, count, reach = np.zeros(len(pos), np.int64), np.zeros(len(pos), np.int64), np.zeros(len(pos))
-    state = _measure(
-        index, offsets, systems, ends, first_atom, pos, cell, wanted, longest, length, centre, given, count
-    )
+    state = _measure(index, offsets, systems, ends, first_atom, pos, cell, wanted, cutoff, length, centre, given, count)
     if state != GOOD:
         return state, given, count, given, reach
 
@@ -152,7 +143,7 @@ def nearest(
     for edge in range(len(centre)):
         target = centre[edge]
         if target >= 0:
-            key[edge] = np.rint(length[edge] / resolution)
+            key[edge] = np.rint(length[edge] / RESOLUTION)
             order[place[target]] = edge
             place[target] += 1
 
@@ -162,7 +153,7 @@ def nearest(
         _sort(mine, scratch, key, index[0], offsets)
         limit = np.inf
         if len(mine) > max_neighbors:
-            limit = length[mine[max_neighbors - 1]] + tolerance
+            limit = length[mine[max_neighbors - 1]] + SHELL_TOLERANCE
         count[target] = 0
         for edge in mine:
             if length[edge] <= limit:
@@ -217,48 +208,34 @@ def gather(
     return found, shifts[:size], edges
 
 
-@compiled(nb.Tuple((nb.boolean, _PAIRS, _ROWS))(_ROWS, _ROWS, _BOOLS, _FLOAT))
-def search(pos, cell, targets, radius):
-    """All edges up to `radius` to some atoms of one system that is periodic in three directions, by trying them.
+@compiled(nb.Tuple((_INT, _INT, _INT))(_INTS, _ROWS, _BOXES, _BOXES))
+def coincident(first_atom, pos, lattice, inverse):
+    """The first two atoms that lie on one point, counting periodic images.
 
     Args:
-        pos, cell: (n, 3), (3, 3).
-        targets: (n,) whether edges to an atom are searched for.
-        radius: the longest.
+        first_atom: (B + 1,) where the atoms of each system begin.
+        pos: (N, 3).
+        lattice: (B, 3, 3) lattice vectors in rows, zero where a direction is not periodic.
+        inverse: (B, 3, 3) its pseudo-inverse.
 
     Returns:
-        Whether there is a result (not if the geometry is odd in any way), edges (2, e), offsets (e, 3).
+        Their system and their numbers in it; a system of -1 if there are none.
     """
-    size = 0
-    index, offsets = np.empty((2, 4096), np.int64), np.empty((4096, 3))
-    shifts = np.empty((3, 2), np.int64)
-    duals = _duals(cell)
-    spans, images = np.empty(3), 1.0
-    for axis in range(3):  # how far the sphere reaches, in lattice vectors, and a little more than rounding
-        dual = duals[axis]
-        spans[axis] = radius * np.sqrt(dual[0] * dual[0] + dual[1] * dual[1] + dual[2] * dual[2]) + 1e-6
-        images *= 2 * spans[axis] + 1
-    if not (images < _MAX_IMAGES and np.abs(pos).max() < _MAX_COORDINATE):
-        return False, index[:, :0].copy(), offsets[:0]
-    for target in range(len(pos)):
-        if not targets[target]:
-            continue
-        for source in range(len(pos)):
+    scaled = np.empty_like(pos)
+    for system in range(len(first_atom) - 1):
+        box, to_box, begin = lattice[system], inverse[system], first_atom[system]
+        width = CLOSEST * np.sqrt(to_box[0, 0] ** 2 + to_box[1, 0] ** 2 + to_box[2, 0] ** 2)  # in lattice vectors
+        for atom in range(begin, first_atom[system + 1]):
             for axis in range(3):
-                middle = 0.0
-                for i in range(3):
-                    middle += (pos[target, i] - pos[source, i]) * duals[axis, i]
-                shifts[axis, 0] = np.ceil(middle - spans[axis])
-                shifts[axis, 1] = np.floor(middle + spans[axis])
-            for a in range(shifts[0, 0], shifts[0, 1] + 1):
-                for b in range(shifts[1, 0], shifts[1, 1] + 1):
-                    for c in range(shifts[2, 0], shifts[2, 1] + 1):
-                        if _length(pos, source, target, cell, a, b, c) > radius:
-                            continue
-                        if size == len(offsets):
-                            index = np.concatenate((index, index), axis=1)
-                            offsets = np.concatenate((offsets, offsets))
-                        index[0, size], index[1, size] = source, target
-                        offsets[size, 0], offsets[size, 1], offsets[size, 2] = a, b, c
-                        size += 1
-    return True, index[:, :size].copy(), offsets[:size]
+                scaled[atom, axis] = (
+                    pos[atom, 0] * to_box[0, axis] + pos[atom, 1] * to_box[1, axis] + pos[atom, 2] * to_box[2, axis]
+                )
+        for atom in range(begin, first_atom[system + 1]):
+            for other in range(begin, atom):
+                a = scaled[atom, 0] - scaled[other, 0]
+                if abs(a - np.rint(a)) > width:  # most pairs
+                    continue
+                b, c = scaled[atom, 1] - scaled[other, 1], scaled[atom, 2] - scaled[other, 2]
+                if _length(pos, atom, other, box, -np.rint(a), -np.rint(b), -np.rint(c)) < CLOSEST:
+                    return system, other - begin, atom - begin
+    return -1, -1, -1

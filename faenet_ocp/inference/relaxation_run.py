@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from faenet_ocp.common.files import write_json
 from faenet_ocp.data.atoms import fixed_atoms
-from faenet_ocp.data.batch import Fields
+from faenet_ocp.data.fields import Fields
 from faenet_ocp.data.oc20 import OC20LmdbDataset
 from faenet_ocp.evaluation.metrics import energy_metrics
 from faenet_ocp.inference.relaxation import Evaluate, Relaxed, relax

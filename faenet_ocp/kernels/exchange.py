@@ -45,7 +45,7 @@ def accelerate(model: nn.Module) -> None:
 def _exchange(module: nn.Module | None, fast: dict[type, type]) -> None:
     if type(module) in fast:
         module.__class__ = fast[type(module)]
-        module.table = KeptTable()  # type: ignore[union-attr, assignment]
+        module.table = KeptTable()  # type: ignore[union-attr]
 
 
 class KeptTable:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from faenet_ocp.kernels import edge_kernels
-from faenet_ocp.models.sums import Activation, segment_sum
+from faenet_ocp.models.functional import Activation, segment_sum
 
 EDGES_PER_BLOCK = 1024
 """On a CPU: (1024, 384) float32 are 1.5 MB. Other devices take all edges at once: launches cost more there."""

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import yaml
 
 from faenet_ocp.common import log_setup
+from faenet_ocp.common.checks import nearest
 from faenet_ocp.common.files import write_text
-from faenet_ocp.config.messages import nearest, without_removed
+from faenet_ocp.config.messages import without_removed
 from faenet_ocp.config.schema import Config, build_config
 from faenet_ocp.config.yaml import find_config, load_yaml, merge, parse_overrides, parse_value
 from faenet_ocp.launch import local_ranks, sweep

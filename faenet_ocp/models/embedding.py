@@ -8,7 +8,6 @@ import math
 import torch
 from torch import Tensor, nn
 
-from faenet_ocp.common.checks import ACTIVATIONS
 from faenet_ocp.common.elements import (
     MAX_ATOMIC_NUMBER,
     NUM_GROUPS,
@@ -18,6 +17,7 @@ from faenet_ocp.common.elements import (
     standardised_properties,
 )
 from faenet_ocp.models.base import NUM_TAGS, check_elements
+from faenet_ocp.models.functional import ACTIVATIONS
 from faenet_ocp.models.message_passing import dense
 from faenet_ocp.models.options import FAENetOptions
 

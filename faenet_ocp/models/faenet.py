@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from faenet_ocp.common.checks import ACTIVATIONS
 from faenet_ocp.models.base import Backbone, NodeFeatures
 from faenet_ocp.models.embedding import AtomEmbedding, EdgeEmbedding
+from faenet_ocp.models.functional import ACTIVATIONS
 from faenet_ocp.models.message_passing import BLOCKS, Graph, dense
 from faenet_ocp.models.options import FAENetOptions
 from faenet_ocp.targets import Target

@@ -7,7 +7,7 @@ from fairchem.core.datasets.atomic_data import AtomicData
 from fairchem.core.models.base import BackboneInterface, HeadInterface
 from torch import Tensor
 
-from faenet_ocp.graph.neighbors import edge_vectors
+from faenet_ocp.graph.vectors import edge_vectors
 from faenet_ocp.models.base import Backbone, NodeFeatures
 from faenet_ocp.models.faenet import FAENet
 from faenet_ocp.models.heads import EnergyHead, ForceHead

@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from faenet_ocp.common.checks import ACTIVATIONS
 from faenet_ocp.models.base import NodeFeatures
+from faenet_ocp.models.functional import ACTIVATIONS, segment_sum
 from faenet_ocp.models.norms import RankBatchNorm
 from faenet_ocp.models.options import EnergyHeadOptions, ForceHeadOptions
-from faenet_ocp.models.sums import segment_sum
 
 
 class EnergyHead(nn.Module):

@@ -32,10 +32,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch_geometric.utils import softmax
 
-from faenet_ocp.common.checks import ACTIVATIONS
+from faenet_ocp.models.functional import ACTIVATIONS, segment_sum
 from faenet_ocp.models.norms import RankGraphNorm
 from faenet_ocp.models.options import FAENetOptions
-from faenet_ocp.models.sums import segment_sum
 
 
 class Graph(NamedTuple):
@@ -200,8 +199,8 @@ class LocalEnvConvolution(InteractionBlock):
 class Attention(InteractionBlock):
     """Messages weighted by attention: `base_with_att` and `att`.
 
-    a_ij is the softmax over the neighbours j of q_i . k_ij / sqrt(C), k_ij = K h_j, to which `att` adds W e_ij. The mean
-    is taken over the heads. The keys have no bias: it would shift all neighbours of an atom alike, which the softmax
+    a_ij is the softmax over the neighbours j of q_i . k_ij / sqrt(C), k_ij = K h_j, to which `att` adds W e_ij. The
+    mean is taken over the heads. The keys have no bias: it would shift all neighbours of an atom alike, which the softmax
     does not see.
 
     Args:

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from faenet_ocp.common.checks import ACTIVATIONS, choice, flag, positive, switched_off, whole_number
+from faenet_ocp.common.checks import choice, flag, positive, switched_off, whole_number
 from faenet_ocp.models.base import Options, option
+from faenet_ocp.models.functional import ACTIVATIONS
 
 EDGE_EMBED_TYPES = ("all_rij", "rij", "sh", "all")
 MP_TYPES = ("base", "simple", "basic", "updownscale", "updownscale_base", "updown_local_env", "base_with_att", "att")

@@ -1,4 +1,4 @@
-"""OC20's LMDB files to packed ones (``packed_records``): in several processes, resumable, compared with their source.
+"""OC20's LMDB files to packed ones (``data.packed``): in several processes, resumable, compared with their source.
 
 A packed file has the name of its source and gets it when it is whole, on disk, and every record of it has been read
 back and compared. Until then it is a hidden file with the ending `.partial`, to which the next call adds what is
@@ -15,12 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from faenet_ocp.common.checks import RecordError
 from faenet_ocp.common.pool import ordered_map
-from faenet_ocp.data.batch import Fields
+from faenet_ocp.data.fields import Fields
 from faenet_ocp.data.lmdb_files import PACKED_KEY, LmdbFile, resolve_files
-from faenet_ocp.data.lmdb_records import RecordError, decode_record
-from faenet_ocp.data.packed import PackedFile, write_header
-from faenet_ocp.data.packed_records import LEFT_OUT, decode_packed, encode_packed, prepare_edges
+from faenet_ocp.data.packed import LEFT_OUT, PackedFile, decode_packed, encode_packed, prepare_edges, write_header
+from faenet_ocp.data.records import decode_record
 from faenet_ocp.prepare.lmdb_writer import METADATA_NAME, exclusive, publish, write_metadata
 
 logger = logging.getLogger(__name__)

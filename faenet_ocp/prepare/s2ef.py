@@ -32,7 +32,8 @@ from torch_geometric.data import Data
 from tqdm import tqdm
 
 from faenet_ocp.data.lmdb_files import LmdbFile
-from faenet_ocp.graph.neighbors import build_graph, edge_vectors
+from faenet_ocp.graph.neighbors import build_graph
+from faenet_ocp.graph.vectors import edge_vectors
 from faenet_ocp.prepare.extxyz import FormatError, Frame, LogLine, read_frames, read_log
 from faenet_ocp.prepare.lmdb_writer import METADATA_NAME, LmdbShardWriter, exclusive, remove_leftovers, write_metadata
 

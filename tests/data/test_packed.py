@@ -18,6 +18,8 @@ import pytest
 import torch
 import yaml
 from ase.build import fcc111
+from faenet_ocp.data.lmdb_records import RecordError, decode_record
+from faenet_ocp.data.packed_records import decode_packed, encode_packed, prepare_edges
 from test_batch_path import TRANSFORMS, assert_same
 
 import processes
@@ -27,11 +29,9 @@ from faenet_ocp.config.schema import build_config
 from faenet_ocp.config.yaml import load_yaml
 from faenet_ocp.data import edges as record_edges
 from faenet_ocp.data.lmdb_files import LmdbFile
-from faenet_ocp.data.lmdb_records import RecordError, decode_record
 from faenet_ocp.data.loader import TrainBatchSampler, make_loader
 from faenet_ocp.data.oc20 import OC20LmdbDataset
 from faenet_ocp.data.packed import OC20PackedDataset, PackedFile
-from faenet_ocp.data.packed_records import decode_packed, encode_packed, prepare_edges
 from faenet_ocp.graph import lists as edge_lists
 from faenet_ocp.prepare import pack as packing
 from faenet_ocp.prepare.pack import pack

@@ -9,7 +9,10 @@ import torch
 from ase.build import bulk, fcc100, fcc111, molecule
 from ase.neighborlist import neighbor_list
 
-from faenet_ocp.graph.neighbors import ROUNDING, SHELL_TOLERANCE, build_graph, edge_vectors, limit_neighbors
+from faenet_ocp.graph.lists import ROUNDING, SHELL_TOLERANCE
+from faenet_ocp.graph.neighbors import build_graph
+from faenet_ocp.graph.vectors import edge_vectors
+from neighbors_by_hand import cut_by_hand
 
 UNLIMITED = 10**6
 
@@ -142,9 +145,6 @@ def test_impossible_geometries_are_value_errors(pos, cell, message):
 
 @pytest.mark.parametrize(("cutoff", "max_neighbors"), [(0.0, 40), (-1.0, 40), (float("nan"), 40), (6.0, 0)])
 def test_limits_must_be_positive(cutoff, max_neighbors):
-    edges, lengths = torch.zeros(2, 1, dtype=torch.long), torch.ones(1)
-    with pytest.raises(ValueError, match="must be positive"):
-        limit_neighbors(edges, lengths, num_atoms=1, cutoff=cutoff, max_neighbors=max_neighbors)
     with pytest.raises(ValueError, match="must be positive"):
         build_graph(torch.zeros(1, 3), torch.eye(3), torch.zeros(3), cutoff=cutoff, max_neighbors=max_neighbors)
 
@@ -152,55 +152,29 @@ def test_limits_must_be_positive(cutoff, max_neighbors):
 # Limiting
 
 
-def limit_by_hand(edge_index, distances, *, num_atoms, cutoff, max_neighbors, tolerance=SHELL_TOLERANCE) -> set[int]:
-    kept: set[int] = set()
-    for atom in range(num_atoms):
-        mine = [
-            (d, e) for e, (d, t) in enumerate(zip(distances, edge_index[1], strict=True)) if t == atom and d <= cutoff
-        ]
-        mine.sort()
-        if mine:
-            last = mine[min(max_neighbors, len(mine)) - 1][0]
-            kept |= {edge for distance, edge in mine if distance <= last + tolerance}
-    return kept
-
-
 @pytest.mark.parametrize("max_neighbors", [1, 3, 8, 100])
-def test_limit_against_a_loop_over_atoms(max_neighbors):
-    generator = torch.Generator().manual_seed(max_neighbors)
-    num_atoms = 12  # some of which have no edges
-    edge_index = torch.randint(0, num_atoms - 2, (2, 150), generator=generator)
-    distances = (torch.rand(150, generator=generator, dtype=torch.float64) * 70).round() / 10  # many ties
-    limits = {"num_atoms": num_atoms, "cutoff": 6.0, "max_neighbors": max_neighbors}
-    kept = limit_neighbors(edge_index, distances, **limits)
-    assert len(set(kept.tolist())) == len(kept)
-    assert set(kept.tolist()) == limit_by_hand(edge_index.tolist(), distances.tolist(), **limits)
-    target, distance = edge_index[1, kept], distances[kept]
-    assert (target.diff() >= 0).all() and (distance.diff()[target.diff() == 0] >= 0).all()
+@pytest.mark.parametrize("step", [0.0, 0.5])
+def test_limit_against_a_loop_over_atoms(max_neighbors: int, step: float) -> None:
+    """On a grid with many equal distances, or anywhere; some atoms are alone."""
+    rng = np.random.default_rng(max_neighbors)
+    pos = rng.uniform(-2, 2, (40, 3))
+    pos = np.unique((pos / step).round(), axis=0) * step if step else pos
+    pos = rng.permutation(np.vstack([pos, [[20.0, 0, 0], [-20.0, 0, 0]]]))
+    index, _offsets = graph_of(ase.Atoms("H" * len(pos), positions=pos), cutoff=2.5, max_neighbors=max_neighbors)
+    source, target = np.nonzero(~np.eye(len(pos), dtype=bool))
+    lengths = np.linalg.norm(pos[source] - pos[target], axis=1)
+    edges = np.stack([source, target])
+    kept = cut_by_hand(edges, np.zeros((len(source), 3)), lengths, cutoff=2.5, max_neighbors=max_neighbors)
+    assert index.tolist() == edges[:, kept].tolist()
+    assert len(set(index[1].tolist())) == len(pos) - 2
 
 
 def test_a_chain_of_close_distances_is_not_followed():
     """Each is within the tolerance of the one before, but only the first within that of the last one kept."""
-    distances = torch.tensor([2.0, 2.006, 2.012, 2.018])
-    edges = torch.tensor([[1, 2, 3, 4], [0, 0, 0, 0]])
-    kept = limit_neighbors(edges, distances, num_atoms=5, cutoff=6.0, max_neighbors=1)
-    assert kept.tolist() == [0, 1]
-
-
-def test_a_batch_is_limited_like_its_systems():
-    systems = [fcc111("Cu", size=(2, 2, 3), vacuum=8.0), fcc100("Pt", size=(2, 1, 3), vacuum=8.0), molecule("H2O")]
-    edges, distances, alone, first, start = [], [], [], 0, 0
-    for atoms in systems:
-        edge_index, offsets = graph_of(atoms)
-        shuffled = torch.randperm(edge_index.shape[1], generator=torch.Generator().manual_seed(0))
-        edge_index, distance = edge_index[:, shuffled], lengths_of(atoms, edge_index, offsets)[shuffled]
-        limits = {"cutoff": 5.0, "max_neighbors": 10}
-        alone.append(limit_neighbors(edge_index, distance, num_atoms=len(atoms), **limits) + start)
-        edges.append(edge_index + first)
-        distances.append(distance)
-        first, start = first + len(atoms), start + len(distance)
-    together = limit_neighbors(torch.cat(edges, 1), torch.cat(distances), num_atoms=first, **limits)
-    assert torch.equal(together.sort().values, torch.cat(alone).sort().values)
+    angles = np.arange(4)
+    arms = np.c_[np.cos(angles), np.sin(angles), 0 * angles] * np.array([[2.0], [2.006], [2.012], [2.018]])
+    index, _ = graph_of(ase.Atoms("H5", positions=np.vstack([np.zeros(3), arms])), max_neighbors=1)
+    assert index[0, index[1] == 0].tolist() == [1, 2]
 
 
 # The same graph for a moved copy

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 import small_data
 from faenet_ocp.frames import compute_frames, flatten_frames
-from faenet_ocp.graph.neighbors import build_graph, edge_vectors
+from faenet_ocp.graph.neighbors import build_graph
+from faenet_ocp.graph.vectors import edge_vectors
 from faenet_ocp.models import fairchem as backbone
 from faenet_ocp.models.fairchem import FrameAveragedModel, _PlainBackbone, view_batch
 

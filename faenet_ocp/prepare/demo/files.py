@@ -18,7 +18,8 @@ import torch
 from ase.calculators.singlepoint import SinglePointCalculator
 from torch_geometric.data import Data
 
-from faenet_ocp.graph.neighbors import build_graph, edge_vectors
+from faenet_ocp.graph.neighbors import build_graph
+from faenet_ocp.graph.vectors import edge_vectors
 from faenet_ocp.prepare.demo.emt import Array
 from faenet_ocp.prepare.demo.systems import System, Trajectory
 from faenet_ocp.prepare.lmdb_writer import LmdbShardWriter
