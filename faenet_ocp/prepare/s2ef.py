@@ -24,6 +24,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from torch_geometric.data import Data
 from tqdm import tqdm
 
@@ -234,11 +235,15 @@ def _make_record(frame: Frame, log: LogLine, options: Options) -> Data:
         fields["energy"] = frame.energy if reference is None else frame.energy - reference
         fields["forces"] = torch.from_numpy(frame.forces.astype(np.float32))
     if options.get_edges:
-        edge_index, offsets = build_graph(pos, cell, _PERIODIC, cutoff=CUTOFF, max_neighbors=MAX_NEIGHBORS)
-        zeros = torch.zeros(edge_index.shape[1], dtype=torch.long)
-        vectors = edge_vectors(pos, cell, edge_index, offsets, zeros)
-        fields |= {"edge_index": edge_index, "cell_offsets": offsets, "distances": vectors.norm(dim=1)}
+        fields |= stored_edges(pos, cell)
     return Data(**fields)
+
+
+def stored_edges(pos: Tensor, cell: Tensor) -> dict[str, Tensor]:
+    """edge_index, cell_offsets and distances of one structure, as the module's docstring describes them."""
+    edge_index, offsets = build_graph(pos, cell, _PERIODIC, cutoff=CUTOFF, max_neighbors=MAX_NEIGHBORS)
+    vectors = edge_vectors(pos, cell, edge_index, offsets, torch.zeros(edge_index.shape[1], dtype=torch.long))
+    return {"edge_index": edge_index, "cell_offsets": offsets, "distances": vectors.norm(dim=1)}
 
 
 def _read_pair(pair: _Pair, options: Options) -> Iterator[tuple[Frame, LogLine]]:
