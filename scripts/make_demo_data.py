@@ -9,31 +9,25 @@ import argparse
 import logging
 import os
 import sys
-from dataclasses import fields
 from pathlib import Path
-
-from faenet_ocp.prepare.demo.generate import DemoSettings, make_demo_data
 
 
 def main(argv: list[str] | None = None) -> None:
     """Parse the arguments, generate, and print what there is now."""
-    defaults = {item.name: item.default for item in fields(DemoSettings)}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("data/demo"), help="output folder")
     parser.add_argument("--num-workers", type=int, default=os.cpu_count() or 1, help="processes")
-    for name, text in {
-        "num_train": "training systems",
-        "num_val": "systems in each of the four validation splits",
-        "frames_per_system": "S2EF frames from each relaxation",
-        "seed": "random seed",
-    }.items():
-        option = f"--{name.replace('_', '-')}"
-        parser.add_argument(option, type=int, default=defaults[name], help=f"{text} (%(default)s)")
-    args = parser.parse_args(argv)
+    parser.add_argument("--num-train", type=int, default=1500, help="training systems (%(default)s)")
+    parser.add_argument("--num-val", type=int, default=200, help="systems in each validation split (%(default)s)")
+    parser.add_argument("--frames-per-system", type=int, default=4, help="S2EF frames of a relaxation (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of everything random (%(default)s)")
+    args = vars(parser.parse_args(argv))
+    output, num_workers = args.pop("output"), args.pop("num_workers")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    from faenet_ocp.prepare.demo.generate import DemoSettings, make_demo_data  # not before: --help does not wait
+
     try:
-        settings = DemoSettings(**{name: getattr(args, name) for name in defaults})
-        summary = make_demo_data(args.output, settings, num_workers=args.num_workers)
+        summary = make_demo_data(output, DemoSettings(**args), num_workers=num_workers)
     except (ValueError, OSError, RuntimeError) as error:
         sys.exit(f"error: {error}")
     for split, size in summary["splits"].items():

@@ -164,7 +164,7 @@ def _encode(source: LmdbFile, start: int, stop: int) -> list[tuple[bytes, bytes]
     return items
 
 
-def _compare_all(source: LmdbFile, packed: Path, num_workers: int, bar: tqdm[Any]) -> list[tuple[int, int]]:
+def _compare_all(source: LmdbFile, packed: Path, num_workers: int, bar: tqdm) -> list[tuple[int, int]]:
     """Read all packed records back and compare them with their source; atoms and edges of each."""
     sizes = []
     tasks = [(source, packed, *task[1:]) for task in _tasks(source, 0)]

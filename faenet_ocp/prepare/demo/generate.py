@@ -220,7 +220,7 @@ def _belongs_to(spec: SlabSpec, split: str) -> bool:
 def _structure(system: System, positions: Array, sid: int, *, edges: bool) -> dict[str, Any]:
     """The fields of a structure; of its edges at most 50 per atom, cut strictly as in OC20's files."""
     tags = torch.from_numpy(system.atoms.get_tags().astype(np.int64))
-    record = {
+    record: dict[str, Any] = {
         "atomic_numbers": _float_tensor(system.atoms.numbers),
         "pos": _float_tensor(positions),
         "cell": _float_tensor(system.atoms.cell.array[None]),

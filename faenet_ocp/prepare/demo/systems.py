@@ -61,7 +61,6 @@ FACETS = {
     "211": Facet((2, 1, 1), (9, 12), 3, ((1, 1), (1, 2))),
 }
 
-
 _ATOP = (0.0, 0.0, 0.0)
 ADSORBATES: dict[str, tuple[str, list[tuple[float, float, float]]]] = {
     "H": ("H", [_ATOP]),
