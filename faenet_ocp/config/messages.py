@@ -7,6 +7,8 @@ from typing import Any, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
+from faenet_ocp.common.checks import nearest
+
 _USE_CHECK = "a sample that cannot be used ends the run; --mode check lists all of them before"
 REMOVED = {
     "dataset.on_bad_sample": _USE_CHECK,

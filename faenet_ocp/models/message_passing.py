@@ -200,8 +200,8 @@ class Attention(InteractionBlock):
     """Messages weighted by attention: `base_with_att` and `att`.
 
     a_ij is the softmax over the neighbours j of q_i . k_ij / sqrt(C), k_ij = K h_j, to which `att` adds W e_ij. The
-    mean is taken over the heads. The keys have no bias: it would shift all neighbours of an atom alike, which the softmax
-    does not see.
+    mean is taken over the heads. The keys have no bias: it would shift all neighbours of an atom alike, which the
+    softmax does not see.
 
     Args:
         options: of `FAENet`.
