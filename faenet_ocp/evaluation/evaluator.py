@@ -23,7 +23,7 @@ from faenet_ocp.evaluation.prediction import predict_split
 from faenet_ocp.evaluation.report import render_table
 from faenet_ocp.evaluation.results import RunInfo, build_results, dataset_label
 from faenet_ocp.evaluation.validation import SplitOutcome, run_split
-from faenet_ocp.tasks.references import CompositionFit
+from faenet_ocp.tasks.references import CompositionFit, fits_from_dict
 from faenet_ocp.tasks.tasks import TargetTask, restore_tasks
 
 
@@ -55,7 +55,11 @@ class Evaluator:
     """
 
     def __init__(self, config: Config, folder: Path):
-        self.config, self.folder = config, folder
+        self.config, self.folder, optim = config, folder, config.optim
+        self.batch_size = optim.eval_batch_size or optim.batch_size  # over all ranks
+        self._loader = partial(make_loader, num_workers=optim.num_workers, context=optim.worker_context)
+        conservative = config.output("forces").eval_from == "energy_gradient"
+        self._forward = {"amp": config.job.amp, "conservative": conservative}
         self._datasets: dict[str, Dataset] = {}
 
     def evaluate(
@@ -69,40 +73,37 @@ class Evaluator:
         """Every validation split, in the order of the config.
 
         Args:
-            model, tasks: see `load_model`.
+            model, tasks: of the run, in training or from `load_model`.
             fits: statistics of the training set by target, for the baselines.
             max_systems: a fixed random subset of each split of this size; None: all.
         """
-        optim, outcomes = self.config.optim, {}
+        rank, world, outcomes = distutils.get_rank(), distutils.get_world_size(), {}
         for split, source in self.config.dataset.val.items():
             dataset = self._dataset(split, source, labelled=True)
             indices: Sequence[int] = range(len(dataset))  # type: ignore[arg-type]
             if max_systems is not None and max_systems < len(indices):
                 generator = np.random.default_rng(self.config.job.seed)
                 indices = np.sort(generator.choice(len(indices), max_systems, replace=False)).tolist()
-            sampler = EvalBatchSampler(
-                indices,
-                optim.eval_batch_size or optim.batch_size,
-                rank=distutils.get_rank(),
-                world_size=distutils.get_world_size(),
-            )
-            loader = make_loader(dataset, sampler, num_workers=optim.num_workers, context=optim.worker_context)
-            outcomes[split] = run_split(
-                model, tasks, loader, split=split, fits=fits, amp=self.config.job.amp, conservative=self._conservative
-            )
+            loader = self._loader(dataset, EvalBatchSampler(indices, self.batch_size, rank=rank, world_size=world))
+            outcomes[split] = run_split(model, tasks, loader, split=split, fits=fits, **self._forward)
         return outcomes
 
-    def predict(self, model: nn.Module, tasks: Sequence[TargetTask], checkpoint: str) -> None:
+    def validate(self, state: Mapping[str, Any], checkpoint: str) -> None:
+        """Evaluates a checkpoint on the validation splits and writes `results/`; arguments as for `predict`."""
+        model, tasks = self._load(state)
+        self.report(model, self.evaluate(model, tasks, fits_from_dict(state.get("statistics"))), state, checkpoint)
+
+    def predict(self, state: Mapping[str, Any], checkpoint: str) -> None:
         """Predicts the test splits (or, without any, the validation splits) to `results/predictions/<split>.npz`.
 
         Args:
-            model, tasks: see `load_model`.
-            checkpoint: file that they come from; parts of a prediction with other weights are not taken over.
+            state: content of a checkpoint.
+            checkpoint: its file; parts of a prediction with other weights are not taken over.
 
         Raises:
             ValueError: the file of a split is there already.
         """
-        optim, world = self.config.optim, distutils.get_world_size()
+        model, tasks = self._load(state)
         settings = self.config.model_dump_json(
             exclude={"slurm": True, "job": {"num_gpus", "num_nodes", "cpu", "run_dir", "identifier"}}
         )
@@ -116,13 +117,15 @@ class Evaluator:
                 dataset,
                 path,
                 key=digest[:12],
-                make_loader=partial(make_loader, dataset, num_workers=optim.num_workers, context=optim.worker_context),
-                batch_size=max(1, (optim.eval_batch_size or optim.batch_size) // world),
-                amp=self.config.job.amp,
-                conservative=self._conservative,
+                make_loader=partial(self._loader, dataset),
+                batch_size=max(1, self.batch_size // distutils.get_world_size()),
+                **self._forward,
             )
             if distutils.is_master():
                 logging.info("%s: %d predictions in %s", split, count, path)
+
+    def _load(self, state: Mapping[str, Any]) -> tuple[nn.Module, list[TargetTask]]:
+        return load_model(state, self.config, distutils.get_device_for_local_rank())
 
     def _dataset(self, split: str, source: SourceConfig, *, labelled: bool) -> Dataset:
         """The data set of a split, opened once."""
@@ -131,10 +134,6 @@ class Evaluator:
                 self.config, source, labelled=labelled, cache_dir=self.folder / "cache"
             )
         return self._datasets[split]
-
-    @property
-    def _conservative(self) -> bool:
-        return self.config.output("forces").eval_from == "energy_gradient"
 
     def report(
         self, model: nn.Module, outcomes: Mapping[str, SplitOutcome], state: Mapping[str, Any], checkpoint: str

@@ -15,9 +15,8 @@ from fairchem.core.launchers.api import SchedulerType
 
 from faenet_ocp.checkpoint import load_checkpoint
 from faenet_ocp.config.schema import Config, build_config
-from faenet_ocp.evaluation.evaluator import Evaluator, load_model
+from faenet_ocp.evaluation.evaluator import Evaluator
 from faenet_ocp.launch.local_ranks import rank_errors, say, stop_signals
-from faenet_ocp.tasks.references import fits_from_dict
 from faenet_ocp.training.run import TrainingRun
 
 
@@ -77,13 +76,10 @@ class OCPRunner(Runner):
             self._training.run()
             return
         path = str(self.checkpoint)
-        state = load_checkpoint(path)
-        model, tasks = load_model(state, self.config, distutils.get_device_for_local_rank())
         if self.mode == "predict":
-            evaluator.predict(model, tasks, path)
-            return
-        fits = fits_from_dict(state.get("statistics"))
-        evaluator.report(model, evaluator.evaluate(model, tasks, fits), state, path)
+            evaluator.predict(load_checkpoint(path), path)
+        else:
+            evaluator.validate(load_checkpoint(path), path)
 
 
 def _leave_cores_to_the_loader(config: Config) -> None:
