@@ -15,9 +15,6 @@ from faenet_ocp.common.checks import nearest
 from faenet_ocp.config.messages import explain
 from faenet_ocp.targets import TASKS, Target, metrics_of, resolve
 
-FRAME_METHODS = Literal["full", "stochastic", "det", "canonical", "data_augmentation", "none"]
-LOGGERS = Literal["tensorboard", "wandb", "none"]
-
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
@@ -31,7 +28,7 @@ class FramesConfig(_Section):
 
     dim: Literal[2, 3] = 3
     group: Literal["E", "SE"] = "E"
-    method: FRAME_METHODS = "stochastic"
+    method: Literal["full", "stochastic", "det", "canonical", "data_augmentation", "none"] = "stochastic"
     eval_method: Literal["full", "stochastic", "det", "canonical", "none"] | None = None
     tolerance: float = Field(default=1e-3, gt=0, lt=1)
 
@@ -165,7 +162,7 @@ class OptimConfig(_Section):
 class LoggerConfig(_Section):
     """`logger:` a name or a mapping with the logger's own settings; the default needs no account."""
 
-    name: LOGGERS = "tensorboard"
+    name: Literal["tensorboard", "wandb", "none"] = "tensorboard"
     project: str = "faenet-ocp"
     entity: str | None = None
     mode: Literal["online", "offline", "disabled"] = "online"
@@ -196,11 +193,10 @@ class JobConfig(_Section):
 class SlurmConfig(_Section):
     """`slurm:` what `--submit` asks SLURM for; nodes and GPUs (= ranks) on each come from `job:`.
 
-    `time` is in SLURM's own format (`"12:00:00"`, `"2-00"`, `"90"`: minutes). A run that reaches it saves and goes back
+    `time` is in SLURM's own format (`"12:00:00"`, `"2-00"`, `"90"`: minutes); a run that reaches it saves and goes back
     to the queue, at most `max_timeouts` times. `additional_parameters` are any other options of sbatch (`constraint:
-    h100`, `exclusive: true`); false leaves out what is asked for otherwise (`requeue: false`). Ranks find each other
-    through a file in the run's folder, which every node has to see, or with `rendezvous: tcp` through a port that two
-    jobs on one node would both use.
+    h100`); false leaves one out (`requeue: false`). Ranks find each other through a file in the run's folder, which
+    every node has to see, or with `rendezvous: tcp` through a port that two jobs on one node would both use.
     """
 
     partition: str | None = None
@@ -253,13 +249,11 @@ class Config(_Section):
                 raise ValueError(f"outputs.{name}: task {task} predicts only {', '.join(TASKS[task])}")
             if name != "forces" and output.eval_from != "prediction":
                 raise ValueError(f"outputs.{name}.eval_from: only forces can be taken from the energy's gradient")
-        for section, names in (
-            ("loss_functions", [name for name in self.losses if name != "gradient"]),
-            ("evaluation_metrics.metrics", self.evaluation_metrics.metrics),
-        ):
-            for name in names:
-                if name not in properties:
-                    raise ValueError(f"{section}.{name}: task {task} predicts only {', '.join(properties)}")
+        named = [("loss_functions", name) for name in self.losses if name != "gradient"]
+        named += [("evaluation_metrics.metrics", name) for name in self.evaluation_metrics.metrics]
+        for section, name in named:
+            if name not in properties:
+                raise ValueError(f"{section}.{name}: task {task} predicts only {', '.join(properties)}")
         if "gradient" in self.losses and "forces" not in properties:
             raise ValueError("loss_functions.gradient: compares forces with -dE/dX, and the task predicts no forces")
         metrics = metrics_of(self.targets)
@@ -268,10 +262,8 @@ class Config(_Section):
                 raise ValueError(f"evaluation_metrics: unknown metric {name!r}{nearest(name, list(metrics))}")
         split = self.evaluation_metrics.primary_metric.split
         if self.dataset.val and split not in self.dataset.val:
-            raise ValueError(
-                f"evaluation_metrics.primary_metric.split: {split!r} is not among the splits of dataset.val: "
-                f"{', '.join(self.dataset.val)}"
-            )
+            key, known = "evaluation_metrics.primary_metric.split", ", ".join(self.dataset.val)
+            raise ValueError(f"{key}: {split!r} is not among the splits of dataset.val: {known}")
         if self.job.amp and self.job.precision == "float64":
             raise ValueError("job.amp: bfloat16 autocast and job.precision: float64 exclude each other")
         return self
