@@ -1,9 +1,15 @@
 """A function over many tasks in several processes, results in order."""
 
 import multiprocessing
+import os
+import signal
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from multiprocessing.connection import Connection
+from queue import SimpleQueue
+from threading import Thread
 from typing import Any
 
 import torch
@@ -12,7 +18,10 @@ _AHEAD = 2
 
 
 def ordered_map(function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]], num_workers: int) -> Iterator[Any]:
-    """Yield ``function(*task)`` for each task, computed in `num_workers` processes (1: in this one).
+    """Yields ``function(*task)`` for each task, computed in `num_workers` processes (1: in this one).
+
+    A process has one torch thread. Two tasks for each are under way or done before the first result is taken, no more.
+    The processes end with the loop over the results, and with this process, however that ends.
 
     Raises:
         RuntimeError: a process died.
@@ -22,43 +31,53 @@ def ordered_map(function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]], 
         for task in tasks:
             yield function(*task)
         return
-    # Spawned, not forked: a process then holds one end of its own pipe only, so it notices when this one is killed.
+    # Spawned, not forked: a process holds one end of its own pipe only, so each side notices when the other is gone.
     context = multiprocessing.get_context("spawn")
-    pipes: list[Connection] = []
-    processes = []
+    workers = []
+    idle: SimpleQueue[Any] = SimpleQueue()
+
+    def ask(task: tuple[Any, ...]) -> Any:
+        process, pipe = idle.get()
+        try:
+            pipe.send(task)
+            failed, result = pipe.recv()
+        except (EOFError, ConnectionError):
+            process.join()
+            reason = f"a process ended with exit code {process.exitcode}; -9 often means out of memory"
+            raise RuntimeError(reason) from None
+        finally:
+            idle.put((process, pipe))
+        if failed:
+            raise result
+        return result
+
+    threads = ThreadPoolExecutor(num_workers)
     try:
         for _ in range(min(num_workers, len(tasks))):
             ours, theirs = context.Pipe()
-            processes.append(context.Process(target=_work, args=(theirs, function), daemon=True))
-            processes[-1].start()
+            workers.append(context.Process(target=_work, args=(theirs, function), daemon=True))
+            workers[-1].start()
             theirs.close()
-            pipes.append(ours)
-        ahead = _AHEAD * len(pipes)
-        for number, task in enumerate(tasks[:ahead]):
-            pipes[number % len(pipes)].send(task)
-        for number in range(len(tasks)):
-            pipe = pipes[number % len(pipes)]
-            try:
-                failed, result = pipe.recv()
-            except EOFError:
-                process = processes[number % len(pipes)]
-                process.join()
-                reason = f"a process ended with exit code {process.exitcode}; -9 often means out of memory"
-                raise RuntimeError(reason) from None
-            if failed:
-                raise result
-            if number + ahead < len(tasks):
-                pipe.send(tasks[number + ahead])
-            yield result
+            idle.put((workers[-1], ours))
+        answers: deque[Future[Any]] = deque()
+        for task in tasks:
+            answers.append(threads.submit(ask, task))
+            if len(answers) == _AHEAD * num_workers:
+                yield answers.popleft().result()
+        while answers:
+            yield answers.popleft().result()
     finally:
-        for process in processes:
+        threads.shutdown(wait=False, cancel_futures=True)
+        for process in workers:
             process.terminate()
             process.join()
 
 
 def _work(pipe: Connection, function: Callable[..., Any]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent ends this process
+    Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
-    with suppress(EOFError, ConnectionError, KeyboardInterrupt):  # the parent was killed, or the user interrupted all
+    with suppress(EOFError, ConnectionError):  # the parent was killed
         while True:
             task = pipe.recv()
             try:
@@ -66,3 +85,11 @@ def _work(pipe: Connection, function: Callable[..., Any]) -> None:
             except Exception as error:
                 answer = (True, error)
             pipe.send(answer)
+
+
+def _end_with_parent() -> None:
+    """Ends this process with its parent, also in the middle of a task."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
