@@ -61,10 +61,11 @@ def _files_of(path: Path) -> list[Path]:
         found, what = [], f"no file or folder {path}"
     if not found:
         raise FileNotFoundError(what)
-    return sorted(found, key=_natural)
+    return sorted(found, key=natural_order)
 
 
-def _natural(path: Path) -> list[tuple[int, str]]:
+def natural_order(path: Path | str) -> list[tuple[int, str]]:
+    """A key to sort by: 2 before 10."""
     return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", str(path))]
 
 

@@ -7,6 +7,7 @@ missing: records are added in order and in transactions, so a killed call leaves
 
 import json
 import logging
+from bisect import bisect_left
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +16,20 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from faenet_ocp.common.files import exclusive, publish
 from faenet_ocp.common.pool import ordered_map
 from faenet_ocp.data.batch import Fields
 from faenet_ocp.data.lmdb_files import PACKED_KEY, LmdbFile, resolve_files
 from faenet_ocp.data.lmdb_records import RecordError, decode_record
 from faenet_ocp.data.packed import PackedFile, write_header
 from faenet_ocp.data.packed_records import LEFT_OUT, decode_packed, encode_packed, prepare_edges
-from faenet_ocp.prepare.lmdb_writer import METADATA_NAME, exclusive, publish, write_metadata
+from faenet_ocp.prepare.lmdb_writer import open_to_write, put_all, write_metadata
 
 logger = logging.getLogger(__name__)
 
 _SOURCE_KEY = b"source"
 LOCK_NAME = ".packing.lock"
 _RECORDS_PER_TASK = 64
-_INITIAL_MAP_SIZE = 1 << 28
 
 
 def pack(data_path: str | Path, out_path: str | Path, *, num_workers: int = 1) -> int:
@@ -64,18 +65,10 @@ def pack(data_path: str | Path, out_path: str | Path, *, num_workers: int = 1) -
             target.mkdir(parents=True, exist_ok=True)
             sizes = [_pack_file(source, target / source.path.name, num_workers) for source in sources]
             natoms, neighbors = (np.concatenate([pair[column] for pair in sizes]) for column in (0, 1))
-            if len(natoms) and not _has_metadata(target, natoms):
+            if len(natoms):
                 write_metadata(target, natoms=natoms, neighbors=neighbors if neighbors.any() else None)
             total += len(natoms)
     return total
-
-
-def _has_metadata(folder: Path, natoms: NDArray[np.int64]) -> bool:
-    path = folder / METADATA_NAME
-    if not path.is_file():
-        return False
-    with np.load(path, allow_pickle=False) as known:
-        return bool(np.array_equal(known["natoms"], natoms))
 
 
 # One file
@@ -83,41 +76,75 @@ def _has_metadata(folder: Path, natoms: NDArray[np.int64]) -> bool:
 
 def _pack_file(source: LmdbFile, target: Path, num_workers: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Pack one file; natoms and neighbors of its records."""
-    made_from = {"name": source.path.name, "bytes": source.path.stat().st_size, "records": len(source)}
-    if target.exists():
-        if PackedFile(target).header["source"] != made_from:
-            raise ValueError(f"{target}: was packed from another file than {source.path}; remove it")
-        logger.info("%s is packed already", target)
-    else:
+    state = source.path.stat()
+    made_from = {
+        "name": source.path.name,
+        "bytes": state.st_size,
+        "records": len(source),
+        "mtime_ns": state.st_mtime_ns,
+    }
+    if not target.exists():
         _write(source, target, made_from, num_workers)
+    else:
+        if PackedFile(target).header["source"] != made_from:
+            _check_same(source, target, num_workers)
+        logger.info("%s is packed already", target)
     with lmdb.open(str(target), subdir=False, readonly=True, lock=False) as env, env.begin() as txn:
         sizes = [np.frombuffer(txn.get(name), "<i8") for name in (b"natoms", b"neighbors")]
     return sizes[0], sizes[1]
 
 
+def _check_same(source: LmdbFile, target: Path, num_workers: int) -> None:
+    """Whether a packed file holds a source that is not the file it was made from, but perhaps a copy of that."""
+    try:
+        if len(PackedFile(target)) != len(source):
+            raise RecordError(f"it has not {len(source)} records")
+        with tqdm(total=len(source), unit="record", desc=f"comparing {target.name}") as bar:
+            _compare_all(source, target, num_workers, bar)
+    except RecordError as error:
+        raise ValueError(f"{target}: was packed from another file than {source.path} ({error}); remove it") from error
+
+
 def _write(source: LmdbFile, target: Path, made_from: dict[str, Any], num_workers: int) -> None:
     partial = target.with_name(f".{target.name}.partial")
-    with _Partial(partial, json.dumps(made_from).encode()) as file:
-        begun = file.count()
+    with _open_partial(partial, json.dumps(made_from).encode()) as env:
+        with env.begin() as txn:
+            begun = bisect_left(range(len(source)), True, key=lambda position: txn.get(b"%d" % position) is None)
         if begun:
             logger.info("%s: %d of %d records are packed already", target, begun, len(source))
         with tqdm(total=2 * len(source), initial=begun, unit="record", desc=f"packing {target.name}") as bar:
             for values in ordered_map(_encode, _tasks(source, begun), num_workers):
-                file.put(values)
+                put_all(env, values)
                 bar.update(len(values))
-            file.env.sync(True)
-            sizes = []
             try:
-                tasks = [(source, partial, *task[1:]) for task in _tasks(source, 0)]
-                for part in ordered_map(_compare, tasks, num_workers):
-                    sizes += part
-                    bar.update(len(part))
+                sizes = _compare_all(source, partial, num_workers, bar)
             except RecordError as error:
                 raise RuntimeError(f"{target}: {error}; remove {partial} and start again") from error
         natoms, neighbors = np.array(sizes, dtype="<i8").reshape(-1, 2).T
         header = write_header(count=len(source), source=made_from)
-        file.put([(b"natoms", natoms.tobytes()), (b"neighbors", neighbors.tobytes()), (PACKED_KEY, header)])
+        put_all(env, [(b"natoms", natoms.tobytes()), (b"neighbors", neighbors.tobytes()), (PACKED_KEY, header)])
+        env.sync(True)
     publish(partial, target)
+
+
+def _open_partial(path: Path, made_from: bytes) -> lmdb.Environment:
+    """The unfinished file: records 0 to n-1 of the source that it names, in whole transactions.
+
+    A kill loses nothing of it; what a failing machine loses is found when the records are read back.
+    """
+    try:
+        env = open_to_write(path)
+    except lmdb.Error as error:
+        raise ValueError(f"{path}: cannot be continued ({error}); remove it") from error
+    with env.begin() as txn:
+        known = txn.get(_SOURCE_KEY)
+    if known not in (None, made_from):
+        logger.warning("%s: was begun from another file and is begun again", path)
+        env.close()
+        path.unlink()
+        return _open_partial(path, made_from)
+    put_all(env, [(_SOURCE_KEY, made_from)])
+    return env
 
 
 def _tasks(source: LmdbFile, begin: int) -> list[tuple[LmdbFile, int, int]]:
@@ -137,22 +164,31 @@ def _encode(source: LmdbFile, start: int, stop: int) -> list[tuple[bytes, bytes]
     return items
 
 
-def _compare(source: LmdbFile, partial: Path, start: int, stop: int) -> list[tuple[int, int]]:
-    """Read packed records back and compare them with their source; atoms and edges of each."""
+def _compare_all(source: LmdbFile, packed: Path, num_workers: int, bar: tqdm) -> list[tuple[int, int]]:
+    """Read all packed records back and compare them with their source; atoms and edges of each."""
     sizes = []
-    with lmdb.open(str(partial), subdir=False, readonly=True, lock=False) as env, env.begin() as txn:
+    tasks = [(source, packed, *task[1:]) for task in _tasks(source, 0)]
+    for part in ordered_map(_compare, tasks, num_workers):
+        sizes += part
+        bar.update(len(part))
+    return sizes
+
+
+def _compare(source: LmdbFile, packed: Path, start: int, stop: int) -> list[tuple[int, int]]:
+    """Compare some records; RecordError says which one differs."""
+    sizes = []
+    with lmdb.open(str(packed), subdir=False, readonly=True, lock=False) as env, env.begin() as txn:
         for position in range(start, stop):
-            value = txn.get(b"%d" % position)
             original = decode_record(source.read(position))
             try:
-                packed = decode_packed(value or b"")
+                found = decode_packed(txn.get(b"%d" % position) or b"")
             except RecordError as error:
                 raise RecordError(f"record {position} {error}") from error
-            found, expected = _sorted_edges(packed), _sorted_edges(original)
+            written, expected = _sorted_edges(found), _sorted_edges(original)
             for name, item in expected.items():
-                if name not in LEFT_OUT and not _same(item, found.get(name)):
+                if name not in LEFT_OUT and not _same(item, written.get(name)):
                     raise RecordError(f"record {position} differs from {source.path} in {name}")
-            sizes.append((_length(packed, "pos", 0), _length(packed, "edge_index", 1)))
+            sizes.append((_length(found, "pos", 0), _length(found, "edge_index", 1)))
     return sizes
 
 
@@ -177,54 +213,3 @@ def _same(original: Any, packed: Any) -> bool:
 def _length(fields: Fields, name: str, axis: int) -> int:
     shape = np.shape(fields.get(name, ()))
     return shape[axis] if len(shape) > axis else 0
-
-
-class _Partial:
-    """The unfinished file: records 0 to n-1 of the source that it names, in whole transactions."""
-
-    def __init__(self, path: Path, made_from: bytes):
-        self.path = path
-        self.env = self._open()
-        with self.env.begin() as txn:
-            known = txn.get(_SOURCE_KEY)
-        if known not in (None, made_from):
-            logger.warning("%s: was begun from another file and is begun again", path)
-            self.env.close()
-            path.unlink()
-            self.env = self._open()
-        self.put([(_SOURCE_KEY, made_from)])
-
-    def __enter__(self) -> "_Partial":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.env.sync(True)
-        self.env.close()
-
-    def count(self) -> int:
-        """Number of records."""
-        names = (_SOURCE_KEY, PACKED_KEY, b"natoms", b"neighbors")
-        with self.env.begin() as txn:
-            return txn.stat()["entries"] - sum(txn.get(name) is not None for name in names)
-
-    def put(self, items: list[tuple[bytes, bytes]]) -> None:
-        """Write items in one transaction; while it does not fit, grow the map and try again."""
-        while True:
-            try:
-                with self.env.begin(write=True) as txn, txn.cursor() as cursor:
-                    cursor.putmulti(items)
-                return
-            except lmdb.MapFullError:
-                size = sum(len(value) for _, value in items)
-                self.env.set_mapsize(2 * self.env.info()["map_size"] + 2 * size)
-
-    def _open(self) -> lmdb.Environment:
-        # LMDB need not lock: `exclusive` keeps others out. No sync but at the end: a kill loses nothing, and what a
-        # failing machine loses is found when the records are read back.
-        size = max(_INITIAL_MAP_SIZE, 2 * self.path.stat().st_size) if self.path.exists() else _INITIAL_MAP_SIZE
-        try:
-            return lmdb.open(
-                str(self.path), subdir=False, map_size=size, lock=False, sync=False, metasync=False, mode=0o644
-            )
-        except lmdb.Error as error:
-            raise ValueError(f"{self.path}: cannot be continued ({error}); remove it") from error

@@ -12,29 +12,28 @@ distances (E,) of the 50 nearest neighbours of each atom within 6 A; where OCP t
 all are kept.
 """
 
-import io
 import json
 import logging
-import multiprocessing
 import os
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from itertools import zip_longest
-from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from torch_geometric.data import Data
 from tqdm import tqdm
 
-from faenet_ocp.data.lmdb_files import LmdbFile
+from faenet_ocp.common.files import exclusive, remove_leftovers, write_bytes
+from faenet_ocp.common.pool import ordered_map
+from faenet_ocp.data.lmdb_files import LmdbFile, natural_order
 from faenet_ocp.graph.neighbors import build_graph, edge_vectors
 from faenet_ocp.prepare.extxyz import FormatError, Frame, LogLine, read_frames, read_log
-from faenet_ocp.prepare.lmdb_writer import METADATA_NAME, LmdbShardWriter, exclusive, remove_leftovers, write_metadata
+from faenet_ocp.prepare.lmdb_writer import METADATA_NAME, LmdbShardWriter, write_arrays, write_metadata
 
 logger = logging.getLogger(__name__)
 
@@ -148,11 +147,7 @@ def _find_pairs(folder: Path) -> list[_Pair]:
     for stem in logs:
         if stem.isdigit() and stem not in frames:
             raise ValueError(f"{logs[stem]}: has no {stem}.extxyz(.xz) beside it")
-    return [_Pair(frames[stem], logs[stem]) for stem in sorted(frames, key=_natural)]
-
-
-def _natural(stem: str) -> list[tuple[int, str]]:
-    return [(int(part), part) if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", stem)]
+    return [_Pair(frames[stem], logs[stem]) for stem in sorted(frames, key=natural_order)]
 
 
 def _plan(out_path: Path, pairs: list[_Pair], options: Options, chunk: int) -> list[_Shard]:
@@ -183,7 +178,7 @@ def _check_settings(out_path: Path, pairs: list[_Pair], options: Options, chunk:
     settings = {**options._asdict(), "chunk": chunk, "inputs": [path.name for pair in pairs for path in pair]}
     file = out_path / STATE_FOLDER / "settings.json"
     if not file.exists():
-        _write_whole(file, json.dumps(settings).encode())
+        write_bytes(file, json.dumps(settings).encode())
         return
     earlier = json.loads(file.read_bytes())
     for name, value in settings.items():
@@ -198,17 +193,16 @@ def _is_finished(shard: _Shard) -> bool:
     # The sizes are written before the shard gets its name. A power failure may still leave either of them damaged.
     with suppress(OSError, ValueError):
         sizes = _read_sizes(shard.sizes)
-        if len(LmdbFile(shard.path)) == len(sizes["natoms"]) and sizes["inputs"].tolist() == _input_bytes(shard):
+        if len(LmdbFile(shard.path)) == len(sizes["natoms"]) and np.array_equal(sizes["inputs"], _input_state(shard)):
             return True
     logger.warning("%s: is damaged, or its input files have changed since; it is written again", shard.path)
     return False
 
 
-# Sizes of a shard's records and of its input files
-
-
-def _input_bytes(shard: _Shard) -> list[int]:
-    return [path.stat().st_size for pair in shard.pairs for path in pair]
+def _input_state(shard: _Shard) -> NDArray[np.int64]:
+    """Size and time of the last change of each input file."""
+    states = [path.stat() for pair in shard.pairs for path in pair]
+    return np.array([(state.st_size, state.st_mtime_ns) for state in states])
 
 
 def _read_sizes(file: Path) -> dict[str, NDArray[np.int64]]:
@@ -217,22 +211,6 @@ def _read_sizes(file: Path) -> dict[str, NDArray[np.int64]]:
             return {name: archive[name] for name in archive.files}
     except Exception as error:  # a damaged zip file can fail in many ways
         raise ValueError(f"{file}: cannot be read: {error}") from error
-
-
-def _write_sizes(file: Path, sizes: Mapping[str, list[int]]) -> None:
-    buffer = io.BytesIO()
-    arrays = {name: np.array(values, dtype=np.int64) for name, values in sizes.items()}
-    np.savez_compressed(buffer, allow_pickle=False, **arrays)
-    _write_whole(file, buffer.getvalue())
-
-
-def _write_whole(file: Path, content: bytes) -> None:
-    temporary = file.with_name(f".{file.name}.tmp")
-    with temporary.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(file)
 
 
 # Records
@@ -257,11 +235,15 @@ def _make_record(frame: Frame, log: LogLine, options: Options) -> Data:
         fields["energy"] = frame.energy if reference is None else frame.energy - reference
         fields["forces"] = torch.from_numpy(frame.forces.astype(np.float32))
     if options.get_edges:
-        edge_index, offsets = build_graph(pos, cell, _PERIODIC, cutoff=CUTOFF, max_neighbors=MAX_NEIGHBORS)
-        zeros = torch.zeros(edge_index.shape[1], dtype=torch.long)
-        vectors = edge_vectors(pos, cell, edge_index, offsets, zeros)
-        fields |= {"edge_index": edge_index, "cell_offsets": offsets, "distances": vectors.norm(dim=1)}
+        fields |= stored_edges(pos, cell)
     return Data(**fields)
+
+
+def stored_edges(pos: Tensor, cell: Tensor) -> dict[str, Tensor]:
+    """edge_index, cell_offsets and distances of one structure, as the module's docstring describes them."""
+    edge_index, offsets = build_graph(pos, cell, _PERIODIC, cutoff=CUTOFF, max_neighbors=MAX_NEIGHBORS)
+    vectors = edge_vectors(pos, cell, edge_index, offsets, torch.zeros(edge_index.shape[1], dtype=torch.long))
+    return {"edge_index": edge_index, "cell_offsets": offsets, "distances": vectors.norm(dim=1)}
 
 
 def _read_pair(pair: _Pair, options: Options) -> Iterator[tuple[Frame, LogLine]]:
@@ -290,98 +272,41 @@ def _read_pair(pair: _Pair, options: Options) -> Iterator[tuple[Frame, LogLine]]
 # Shards
 
 
-def write_shard(shard: _Shard, report: Callable[[int], None]) -> None:
-    """Write one shard; `report` is called with the number of frames after each input file."""
-    sizes: dict[str, list[int]] = {"inputs": _input_bytes(shard), "natoms": [], "neighbors": []}
-    with LmdbShardWriter(shard.path, overwrite=True) as writer:
-        for pair in shard.pairs:
-            before = len(writer)
-            for frame, log in _read_pair(pair, shard.options):
-                try:
-                    record = _make_record(frame, log, shard.options)
-                except ValueError as error:
-                    raise FormatError(f"{pair.frames}:{frame.line}: {error}") from error
-                writer.append(record)
-                sizes["natoms"].append(len(frame.numbers))
-                if shard.options.get_edges:
-                    sizes["neighbors"].append(record.edge_index.shape[1])
-            report(len(writer) - before)
-        _write_sizes(shard.sizes, sizes)
-
-
 def _write_all(shards: list[_Shard], num_workers: int) -> None:
-    faults: list[str] = []
+    faults: list[FormatError] = []
     frames = 0
     with tqdm(total=sum(len(shard.pairs) for shard in shards), unit="file", desc="preparing", smoothing=0.05) as bar:
-
-        def report(message: object) -> None:
-            nonlocal frames
-            if isinstance(message, int):
-                frames += message
-                bar.set_postfix(frames=frames, refresh=False)
-                bar.update()
-            elif isinstance(message, FormatError):
-                faults.append(str(message))
-                logger.error("%s", message)
-            elif isinstance(message, BaseException):
-                raise message
-
-        if num_workers == 1:
-            for shard in shards:
-                try:
-                    write_shard(shard, report)
-                except FormatError as error:
-                    report(error)
-        else:
-            _write_in_parallel(shards, num_workers, report)
+        results = ordered_map(_write_shard, [(shard,) for shard in shards], num_workers)
+        for shard, result in zip(shards, results, strict=True):
+            if isinstance(result, FormatError):
+                faults.append(result)
+                logger.error("%s", result)
+            else:
+                frames += result
+            bar.set_postfix(frames=frames, refresh=False)
+            bar.update(len(shard.pairs))
     if faults:
-        raise FormatError("\n".join(sorted(faults)))
+        raise FormatError("\n".join(map(str, faults)))
 
 
-def _write_in_parallel(shards: list[_Shard], num_workers: int, report: Callable[[object], None]) -> None:
-    """Give each process one shard after the other, and pass on what they report."""
-    # Spawned, not forked: a process then holds one end of its own pipe only, so it notices when this one is killed.
-    context = multiprocessing.get_context("spawn")
-    waiting = iter(shards)
-    workers: dict[Connection, multiprocessing.process.BaseProcess] = {}
+def _write_shard(shard: _Shard) -> int | FormatError:
+    """Write one shard: the number of its frames, or what is wrong with an input file."""
+    inputs = _input_state(shard)
+    natoms, neighbors = [], []
     try:
-        for _ in range(min(num_workers, len(shards))):
-            ours, theirs = context.Pipe()
-            workers[ours] = context.Process(target=_work, args=(theirs,), daemon=True)
-            workers[ours].start()
-            theirs.close()
-        while workers:
-            ready = wait(list(workers))
-            for connection in [connection for connection in workers if connection in ready]:
-                try:
-                    message = connection.recv()
-                except EOFError:
-                    workers[connection].join()
-                    code = workers[connection].exitcode
-                    raise RuntimeError(f"a process ended with exit code {code}; -9 often means out of memory") from None
-                if message is not None:
-                    report(message)
-                    continue
-                shard = next(waiting, None)
-                connection.send(shard)
-                if shard is None:
-                    workers.pop(connection).join()
-    finally:
-        for process in workers.values():
-            process.terminate()
-            process.join()
-
-
-def _work(connection: Connection) -> None:
-    """A process's life: ask for a shard with None, write it, report frames and errors, until the answer is None."""
-    torch.set_num_threads(1)
-    with suppress(EOFError, ConnectionError, KeyboardInterrupt):  # the parent was killed, or the user interrupted all
-        while True:
-            connection.send(None)
-            shard = connection.recv()
-            if shard is None:
-                return
-            try:
-                write_shard(shard, connection.send)
-            except Exception as error:
-                connection.send(error)
+        with LmdbShardWriter(shard.path, overwrite=True) as writer:
+            for pair in shard.pairs:
+                for frame, log in _read_pair(pair, shard.options):
+                    try:
+                        record = _make_record(frame, log, shard.options)
+                    except ValueError as error:
+                        raise FormatError(f"{pair.frames}:{frame.line}: {error}") from error
+                    writer.append(record)
+                    natoms.append(len(frame.numbers))
+                    if shard.options.get_edges:
+                        neighbors.append(record.edge_index.shape[1])
+            sizes = {"natoms": np.array(natoms, np.int64), "neighbors": np.array(neighbors, np.int64)}
+            write_arrays(shard.sizes, {"inputs": inputs, **sizes})
+    except FormatError as error:
+        return error
+    return len(natoms)
