@@ -5,13 +5,10 @@ sum is right. It is unpacked in a hidden folder, from which whole folders are mo
 final name is complete, and nothing that is already there is ever written over.
 """
 
-import errno
 import hashlib
 import http.client
-import json
 import logging
 import os
-import re
 import shutil
 import tarfile
 import time
@@ -21,7 +18,6 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from tqdm import tqdm
 
@@ -40,26 +36,22 @@ class Archive:
     Attributes:
         url: where it is.
         md5: its published sum.
-        growth: how many times its own size its contents take.
         places: each folder in it that is wanted, and where that goes below the root folder.
         prepared: for raw S2EF data, where its LMDB shards belong below the root folder.
     """
 
     url: str
     md5: str
-    growth: float
     places: Mapping[str, str]
     prepared: str | None = None
 
 
 def _raw_s2ef(name: str, md5: str, prepared: str) -> Archive:
-    # A tar of xz files, which stay compressed.
-    return Archive(f"{HOME}{name}.tar", md5, 1.0, {name: f"s2ef_raw/{name}"}, prepared)
+    return Archive(f"{HOME}{name}.tar", md5, {name: f"s2ef_raw/{name}"}, prepared)
 
 
-_VAL_SPLITS = ("val_id", "val_ood_ads", "val_ood_cat", "val_ood_both")
 _TEST_SPLITS = ("test_id", "test_ood_ads", "test_ood_cat", "test_ood_both")
-# Sums and sizes as published in OC20's DATASET.md and fairchem's docs/core/datasets/oc20.md. The older of these has the
+# Sums as published in OC20's DATASET.md and fairchem's docs/core/datasets/oc20.md. The older of these has the
 # sums of 2M and 20M exchanged (fairchem issue 302).
 S2EF: Mapping[str, Archive] = {
     "200k": _raw_s2ef("s2ef_train_200K", "f8d0909c2623a393148435dede7d3a46", "s2ef/200k/train"),
@@ -73,14 +65,12 @@ S2EF: Mapping[str, Archive] = {
     "test": Archive(
         url=f"{HOME}s2ef_test_lmdbs.tar.gz",
         md5="bcada432482f6e87b24e14b6b744992a",
-        growth=14,
         places={f"s2ef_test_lmdbs/test_data/s2ef/all/{split}": f"s2ef/all/{split}" for split in _TEST_SPLITS},
     ),
 }
 IS2RE = Archive(
     url=f"{HOME}is2res_train_val_test_lmdbs.tar.gz",
     md5="cfc04dd2f87b4102ab2f607240d25fb1",
-    growth=12,
     places={"is2res_train_val_test_lmdbs/data/is2re": "is2re"},
 )
 
@@ -112,7 +102,7 @@ def download(archive: Archive, root: str | Path, *, keep: bool = False) -> list[
     Raises:
         ValueError: the MD5 sum is wrong (the file is deleted), or the archive's contents are not as expected.
         ConnectionError: the server refuses, or stays away for minutes.
-        OSError: there is too little space, or writing fails.
+        OSError: writing fails.
     """
     root = Path(root)
     folders = [root / place for place in archive.places.values()]
@@ -120,8 +110,8 @@ def download(archive: Archive, root: str | Path, *, keep: bool = False) -> list[
         logger.info("nothing to download: %s exists", ", ".join(map(str, folders)))
         return folders
     file = root / "downloads" / archive.url.rpartition("/")[2]
-    fetch(archive.url, file, md5=archive.md5, growth=archive.growth)
-    unpack(file, root, places=archive.places, growth=archive.growth)
+    fetch(archive.url, file, md5=archive.md5)
+    unpack(file, root, places=archive.places)
     if not keep:
         file.unlink()
     return folders
@@ -134,21 +124,20 @@ class _BrokenError(Exception):
     """The transfer ended before its time; another attempt may help."""
 
 
-def fetch(url: str, file: Path, *, md5: str, growth: float = 0.0, patience: int = 8, first_wait: float = 1.0) -> None:
+def fetch(url: str, file: Path, *, md5: str, patience: int = 8, first_wait: float = 1.0) -> None:
     """Download `url` to `file`, going on with what is there of it; does nothing if the file exists.
 
     Args:
         url: what to download.
         file: gets this name once it is complete and verified.
         md5: the sum that it must have.
-        growth: leave room for so many times its size in addition.
         patience: give up after so many failures without progress.
         first_wait: seconds to wait after a failure; twice as long after each further one.
 
     Raises:
         ValueError: the sum is wrong; what was downloaded is deleted.
         ConnectionError: the server refuses, or patience is at its end. A later call goes on from there.
-        OSError: there is too little space, or writing fails.
+        OSError: writing fails.
     """
     if file.exists():
         return
@@ -157,7 +146,7 @@ def fetch(url: str, file: Path, *, md5: str, growth: float = 0.0, patience: int 
     failures, reached = 0, 0
     while True:
         try:
-            _receive(url, part, growth)
+            _receive(url, part)
             break
         except _BrokenError as error:
             size = part.stat().st_size if part.exists() else 0
@@ -170,108 +159,52 @@ def fetch(url: str, file: Path, *, md5: str, growth: float = 0.0, patience: int 
         time.sleep(delay)
     found = _md5(part)
     if found != md5:
-        _forget(part)
+        part.unlink()
         raise ValueError(f"{part}: MD5 sum is {found}, not {md5}; deleted: start again for a fresh download")
     part.replace(file)
-    _notes(part).unlink(missing_ok=True)
 
 
-class _Source(NamedTuple):
-    """Which file on a server a partial file is the beginning of."""
-
-    url: str
-    version: str | None  # tells it from a later file there
-    size: int | None
-
-
-def _receive(url: str, part: Path, growth: float) -> None:
+def _receive(url: str, part: Path) -> None:
     """One attempt to get all that is missing of a file."""
-    have, source = _what_is_there(part, url)
-    if have and have == source.size:
-        return
-    headers = {"Accept-Encoding": "identity"}
-    if have:
-        headers["Range"] = f"bytes={have}-"
-        if source.version:
-            headers["If-Range"] = source.version  # a file that has changed is sent from its beginning
-    with _open(urllib.request.Request(url, headers=headers), part) as response:
-        if response.status == 206:
-            _check_continuation(response, have, source, part)
-        else:  # from the beginning, whatever we asked for
-            have, source = 0, _Source(url, _version(response), _number(response.headers.get("Content-Length")))
-            part.write_bytes(b"")
-            _notes(part).write_text(json.dumps(source._asdict()))
-        if source.size:
-            _check_space(part.parent, source.size - have + growth * source.size)
-        bar = tqdm(total=source.size, initial=have, unit="B", unit_scale=True, desc=part.stem, smoothing=0.05)
-        with part.open("ab") as file, bar:
+    have = part.stat().st_size if part.exists() else 0
+    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
+    with _open(urllib.request.Request(url, headers=headers)) as response:
+        if response.status == 416:  # there is nothing behind what we have
+            return
+        if response.status == 200:  # from the beginning, whatever we asked for
+            have = 0
+        length = response.headers.get("Content-Length")
+        total = have + int(length) if length else None
+        bar = tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=part.stem, smoothing=0.05)
+        with part.open("ab" if have else "wb") as file, bar:
             while block := _read(response):
                 file.write(block)
                 bar.update(len(block))
                 have += len(block)
-    if source.size and have < source.size:
-        raise _BrokenError(f"the connection ended after {have} of {source.size} bytes")
+    if total is not None and have < total:
+        raise _BrokenError(f"the connection ended after {have} of {total} bytes")
 
 
-def _check_continuation(response: http.client.HTTPResponse, have: int, source: _Source, part: Path) -> None:
-    """Start afresh unless the answer is the rest of the same file."""
-    header = response.headers.get("Content-Range", "")
-    match = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", header)
-    is_next = match is not None and int(match[1]) == have and match[2] in ("*", str(source.size))
-    if not is_next or _version(response) != source.version:
-        _forget(part)
-        raise _BrokenError(f"the file has changed on the server (Content-Range: {header})")
-
-
-def _open(request: urllib.request.Request, part: Path) -> http.client.HTTPResponse:
+def _open(request: urllib.request.Request) -> http.client.HTTPResponse | urllib.error.HTTPError:
     try:
         return urllib.request.urlopen(request, timeout=_TIMEOUT)
     except urllib.error.HTTPError as error:
+        if error.code == 416 and request.has_header("Range"):
+            return error
         error.close()
-        if error.code == 416:  # we have more than there is
-            _forget(part)
-        elif error.code not in (408, 429) and error.code < 500:
-            raise ConnectionError(f"{request.full_url}: the server answers {error.code} {error.reason}") from error
-        raise _BrokenError(f"the server answers {error.code} {error.reason}") from error
+        message = f"the server answers {error.code} {error.reason}"
+        if error.code not in (408, 429) and error.code < 500:
+            raise ConnectionError(f"{request.full_url}: {message}") from error
+        raise _BrokenError(message) from error
     except (OSError, http.client.HTTPException) as error:
         raise _BrokenError(str(error) or type(error).__name__) from error
 
 
-def _read(response: http.client.HTTPResponse) -> bytes:
+def _read(response: http.client.HTTPResponse | urllib.error.HTTPError) -> bytes:
     try:
         return response.read(_BLOCK)
     except (OSError, http.client.HTTPException) as error:
         raise _BrokenError(str(error) or type(error).__name__) from error
-
-
-def _notes(part: Path) -> Path:
-    """The file with the `_Source` of a partial file."""
-    return part.with_name(f"{part.name}.json")
-
-
-def _what_is_there(part: Path, url: str) -> tuple[int, _Source]:
-    """Size of a partial file and what it is of; 0 if it is of no use."""
-    try:
-        source = _Source(**json.loads(_notes(part).read_bytes()))
-        have = part.stat().st_size
-    except (OSError, ValueError, TypeError):
-        have, source = 0, _Source(url, None, None)
-    return (have, source) if source.url == url else (0, _Source(url, None, None))
-
-
-def _forget(part: Path) -> None:
-    _notes(part).unlink(missing_ok=True)
-    part.unlink(missing_ok=True)
-
-
-def _version(response: http.client.HTTPResponse) -> str | None:
-    """What tells this file from a later one: a strong entity tag, else the date of the last change."""
-    tag = response.headers.get("ETag")
-    return tag if tag and not tag.startswith("W/") else response.headers.get("Last-Modified")
-
-
-def _number(text: str | None) -> int | None:
-    return int(text) if text and text.isdecimal() else None
 
 
 def _md5(file: Path) -> str:
@@ -283,39 +216,29 @@ def _md5(file: Path) -> str:
     return digest.hexdigest()
 
 
-def _check_space(folder: Path, needed: float) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        message = f"too little space: {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free"
-        raise OSError(errno.ENOSPC, message, str(folder))
-
-
 # Unpacking
 
 
-def unpack(file: Path, root: Path, *, places: Mapping[str, str], growth: float = 0.0) -> None:
+def unpack(file: Path, root: Path, *, places: Mapping[str, str]) -> None:
     """Unpack the wanted folders of a tar file that are not in their places yet; what is there stays as it is.
 
     Args:
         file: tar file, compressed or not.
         root: folder below which things go.
         places: folder in the archive to folder below `root`.
-        growth: room needed, in sizes of `file`.
 
     Raises:
         ValueError: the archive is damaged, lacks a folder, or has members that would land outside of it.
-        OSError: there is too little space, or writing fails.
+        OSError: writing fails.
     """
     wanted = {source: root / place for source, place in places.items() if not (root / place).exists()}
-    size = file.stat().st_size
-    _check_space(root, growth * size)
     temporary = root / f".unpacking-{file.name}"
     shutil.rmtree(temporary, ignore_errors=True)  # what an interrupted call has left
     temporary.mkdir()
     try:
         with (
             file.open("rb") as stream,
-            tqdm.wrapattr(stream, "read", total=size, desc="unpacking") as counted,
+            tqdm.wrapattr(stream, "read", total=file.stat().st_size, desc="unpacking") as counted,
             tarfile.open(fileobj=counted, mode="r|*") as tar,
         ):
             for member in tar:
