@@ -11,21 +11,14 @@ from torch_geometric.data import Data
 
 from faenet_ocp.prepare.demo.generate import DemoSettings
 
-SETTINGS = DemoSettings(num_train=24, num_val=8, frames_per_system=3, raw_frames=7, seed=3)
-
-
-def read_values(path: Path) -> list[bytes]:
-    with (
-        lmdb.open(str(path), subdir=False, readonly=True, lock=False) as environment,
-        environment.begin() as transaction,
-    ):
-        length = pickle.loads(transaction.get(b"length"))
-        assert environment.stat()["entries"] == length + 1
-        return [transaction.get(str(i).encode()) for i in range(length)]
+SETTINGS = DemoSettings(num_train=24, num_val=8, frames_per_system=3, seed=3)
 
 
 def read_records(path: Path) -> list[Data]:
-    return [pickle.loads(value) for value in read_values(path)]
+    with lmdb.open(str(path), subdir=False, readonly=True, lock=False) as env, env.begin() as txn:
+        length = pickle.loads(txn.get(b"length"))
+        assert env.stat()["entries"] == length + 1
+        return [pickle.loads(txn.get(str(i).encode())) for i in range(length)]
 
 
 def is2re(root: Path, split: str) -> list[Data]:

@@ -1,15 +1,14 @@
 """Adsorbates on metal slabs, relaxed with effective-medium theory: the physics of the demo data.
 
-Energies are ASE's EMT potential plus, for each bond of an adsorbate, a one-sided ("Hookean") spring
-that acts only beyond 1.1 times the bond's usual length. EMT knows metallic bonds only: without the
-springs nine of ten OH, CH2, NH2, ... fall apart while they relax. Adsorption energies are relative
-to the relaxed clean slab and to H2, N2, H2O and CO in the gas phase, as in OC20.
+Energies are ASE's EMT potential plus, for each bond of an adsorbate, a one-sided ("Hookean") spring that acts only
+beyond 1.1 times the bond's usual length. EMT knows metallic bonds only: without the springs nine of ten OH, CH2, NH2,
+... fall apart while they relax. Adsorption energies are relative to the relaxed clean slab and to H2, N2, H2O and CO in
+the gas phase, as in OC20.
 
 Legend: N atoms, T steps of a relaxation. Angstrom, eV, eV/A.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import combinations, permutations
 from typing import NamedTuple
@@ -21,6 +20,7 @@ from ase.constraints import FixAtoms
 from ase.data import covalent_radii
 from ase.optimize import LBFGS
 from scipy.optimize import minimize_scalar
+from scipy.spatial.distance import cdist
 
 from faenet_ocp.prepare.demo.emt import Array, PairEMT, Spring
 
@@ -34,25 +34,24 @@ _MAX_DEPTH = 0.5
 _FORCE_MAX = 0.04
 _MAX_STEPS = 150
 _VACUUM = 18.0
+_FCC_SITES = ((0.0, 0.0, 0.0), (0.0, 0.5, 0.5), (0.5, 0.0, 0.5), (0.5, 0.5, 0.0))
 
 METALS = ("Al", "Cu", "Ag", "Au", "Ni", "Pd", "Pt")
-_FCC_SITES = ((0.0, 0.0, 0.0), (0.0, 0.5, 0.5), (0.5, 0.0, 0.5), (0.5, 0.5, 0.0))
+COMPOSITIONS = (
+    {a: (a, a, a, a) for a in METALS}
+    | {f"{a}3{b}": (b, a, a, a) for a, b in permutations(METALS, 2)}
+    | {f"{a}{b}": (a, b, b, a) for a, b in combinations(METALS, 2)}
+)
+"""Pure metals, A3B (L1_2) and AB (L1_0): the symbols on the four sites of the cubic cell."""
 
 
 class Facet(NamedTuple):
-    """A surface of an fcc crystal and the slab sizes to draw from.
-
-    Attributes:
-        miller: indices of the surface.
-        layers: numbers of atomic planes.
-        surface_layers: how many planes, from the top, are the surface (free, tag 1).
-        repeats: in-plane repetitions of the smallest cell that holds every ordered alloy.
-    """
+    """A surface of an fcc crystal and the slab sizes to draw from."""
 
     miller: tuple[int, int, int]
-    layers: tuple[int, ...]
-    surface_layers: int
-    repeats: tuple[tuple[int, int], ...]
+    layers: tuple[int, ...]  # numbers of atomic planes
+    surface_layers: int  # how many planes, from the top, are the surface (free, tag 1)
+    repeats: tuple[tuple[int, int], ...]  # of the smallest cell that holds every ordered alloy
 
 
 FACETS = {
@@ -62,12 +61,6 @@ FACETS = {
     "211": Facet((2, 1, 1), (9, 12), 3, ((1, 1), (1, 2))),
 }
 
-
-def _umbrella(radius: float, height: float) -> list[tuple[float, float, float]]:
-    angles = 2 * np.pi * np.arange(3) / 3
-    return [(radius * np.cos(a), radius * np.sin(a), height) for a in angles]
-
-
 _ATOP = (0.0, 0.0, 0.0)
 ADSORBATES: dict[str, tuple[str, list[tuple[float, float, float]]]] = {
     "H": ("H", [_ATOP]),
@@ -76,10 +69,10 @@ ADSORBATES: dict[str, tuple[str, list[tuple[float, float, float]]]] = {
     "O": ("O", [_ATOP]),
     "CH": ("CH", [_ATOP, (0, 0, 1.09)]),
     "CH2": ("CHH", [_ATOP, (0.9, 0, 0.6), (-0.9, 0, 0.6)]),
-    "CH3": ("CHHH", [_ATOP, *_umbrella(1.03, 0.37)]),
+    "CH3": ("CHHH", [_ATOP, (1.03, 0, 0.37), (-0.515, 0.892, 0.37), (-0.515, -0.892, 0.37)]),
     "NH": ("NH", [_ATOP, (0, 0, 1.04)]),
     "NH2": ("NHH", [_ATOP, (0.83, 0, 0.6), (-0.83, 0, 0.6)]),
-    "NH3": ("NHHH", [_ATOP, *_umbrella(0.95, 0.37)]),
+    "NH3": ("NHHH", [_ATOP, (0.95, 0, 0.37), (-0.475, 0.823, 0.37), (-0.475, -0.823, 0.37)]),
     "OH": ("OH", [_ATOP, (0.6, 0, 0.76)]),
     "H2O": ("OHH", [_ATOP, (0.77, 0, 0.58), (-0.77, 0, 0.58)]),
     "CO": ("CO", [_ATOP, (0, 0, 1.14)]),
@@ -94,17 +87,6 @@ ADSORBATES: dict[str, tuple[str, list[tuple[float, float, float]]]] = {
 """Name -> symbols and rough positions; the first atom points down to the surface."""
 
 
-def _compositions() -> dict[str, tuple[str, str, str, str]]:
-    """Pure metals, A3B (L1_2) and AB (L1_0): the symbols on the four sites of the cubic cell."""
-    pure = {a: (a, a, a, a) for a in METALS}
-    a3b = {f"{a}3{b}": (b, a, a, a) for a, b in permutations(METALS, 2)}
-    ab = {f"{a}{b}": (a, b, b, a) for a, b in combinations(METALS, 2)}
-    return pure | a3b | ab
-
-
-COMPOSITIONS = _compositions()
-
-
 class SlabSpec(NamedTuple):
     """What defines a clean slab; `strain` holds the in-plane strains xx, yy and xy."""
 
@@ -116,50 +98,36 @@ class SlabSpec(NamedTuple):
     strain: tuple[float, float, float]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Trajectory:
+class Trajectory(NamedTuple):
     """A relaxation: positions (T, N, 3), energies (T,), forces (T, N, 3), also on fixed atoms."""
 
     positions: Array
     energies: Array
     forces: Array
-    converged: bool
 
 
-@dataclass(frozen=True, kw_only=True)
-class System:
-    """An adsorbate relaxed on a slab.
-
-    Attributes:
-        spec: the slab.
-        adsorbate: name in `ADSORBATES`; its atoms are the last ones.
-        atoms: the initial structure with tags and constraints.
-        trajectory: the relaxation.
-        reference: energy of the relaxed clean slab and of the adsorbate's elements in the gas
-            phase; the adsorption energy is relative to it.
-        rotation: angle about z by which the system has been turned.
-    """
+class System(NamedTuple):
+    """An adsorbate (the last atoms) relaxed on a slab."""
 
     spec: SlabSpec
-    adsorbate: str
-    atoms: ase.Atoms
+    adsorbate: str  # name in `ADSORBATES`
+    rotation: float  # angle about z by which all of it has been turned
+    atoms: ase.Atoms  # the initial structure with tags and constraints
     trajectory: Trajectory
-    reference: float
-    rotation: float = 0.0
+    reference: float  # energy of the relaxed clean slab and of the adsorbate's elements in the gas phase
 
 
 @cache
 def gas_references() -> dict[str, float]:
     """Energy per atom (eV) of H, C, N and O taken from relaxed H2, N2, H2O and CO."""
-    energies = {}
+    energy = {}
     for name in ("H2", "N2", "H2O", "CO"):
         gas = molecule(name, vacuum=8.0)
         gas.calc = PairEMT()
         LBFGS(gas, logfile=None).run(fmax=0.005)
-        energies[name] = float(gas.get_potential_energy())
-    hydrogen = energies["H2"] / 2
-    oxygen = energies["H2O"] - 2 * hydrogen
-    return {"H": hydrogen, "N": energies["N2"] / 2, "O": oxygen, "C": energies["CO"] - oxygen}
+        energy[name] = float(gas.get_potential_energy())
+    oxygen = energy["H2O"] - energy["H2"]
+    return {"H": energy["H2"] / 2, "N": energy["N2"] / 2, "O": oxygen, "C": energy["CO"] - oxygen}
 
 
 @cache
@@ -178,28 +146,20 @@ def bulk(composition: str) -> ase.Atoms:
     return crystal
 
 
-def draw_slab(
-    rng: np.random.Generator,
-    compositions: Sequence[str],
-    is_allowed: Callable[[SlabSpec], bool],
-) -> SlabSpec:
+def draw_slab(rng: np.random.Generator, compositions: Sequence[str]) -> SlabSpec:
     """Draw what defines a slab; one in four is not strained."""
-    while True:
-        composition = str(rng.choice(compositions))
-        facet = str(rng.choice(list(FACETS)))
-        options = FACETS[facet]
-        strained = rng.random() < 0.75
-        strain = rng.uniform(-1, 1, size=3) * (0.05, 0.05, 0.02) * strained
-        spec = SlabSpec(
-            composition=composition,
-            facet=facet,
-            layers=int(rng.choice(options.layers)),
-            repeat=options.repeats[int(rng.integers(len(options.repeats)))],
-            termination=int(rng.integers(4)),
-            strain=tuple(strain.tolist()),
-        )
-        if is_allowed(spec):
-            return spec
+    composition, facet = str(rng.choice(compositions)), str(rng.choice(list(FACETS)))
+    strained = rng.random() < 0.75
+    strain = rng.uniform(-1, 1, size=3) * (0.05, 0.05, 0.02) * strained
+    layers, repeats = FACETS[facet].layers, FACETS[facet].repeats
+    return SlabSpec(
+        composition=composition,
+        facet=facet,
+        layers=int(rng.choice(layers)),
+        repeat=repeats[int(rng.integers(len(repeats)))],
+        termination=int(rng.integers(4)),
+        strain=tuple(strain.tolist()),
+    )
 
 
 def build_slab(spec: SlabSpec) -> ase.Atoms:
@@ -227,43 +187,46 @@ def build_slab(spec: SlabSpec) -> ase.Atoms:
     return slab
 
 
-def relax(atoms: ase.Atoms, springs: Sequence[Spring] = ()) -> Trajectory:
-    """Relax in place and return every step."""
+def relax(atoms: ase.Atoms, springs: Sequence[Spring] = ()) -> Trajectory | None:
+    """Relax in place and return every step; None if that does not converge."""
     atoms.calc = PairEMT(springs)
-    positions, energies, forces = [], [], []
-    converged = False
+    steps, converged = [], False
     for done in LBFGS(atoms, logfile=None, memory=30).irun(fmax=_FORCE_MAX, steps=_MAX_STEPS):
         converged = bool(done)
-        positions.append(atoms.get_positions())
-        energies.append(atoms.get_potential_energy())
-        forces.append(atoms.get_forces(apply_constraint=False))
+        forces = atoms.get_forces(apply_constraint=False)
+        steps.append((atoms.get_positions(), atoms.get_potential_energy(), forces))
     atoms.calc = None
-    return Trajectory(
-        positions=np.array(positions),
-        energies=np.array(energies),
-        forces=np.array(forces),
-        converged=converged,
-    )
+    return Trajectory(*map(np.array, zip(*steps, strict=True))) if converged else None
 
 
-def bond_springs(name: str, first_atom: int = 0) -> tuple[Spring, ...]:
+def relaxed_slab(spec: SlabSpec) -> tuple[ase.Atoms, float] | None:
+    """The relaxed clean slab and its energy, None if it does not converge."""
+    slab = build_slab(spec)
+    trajectory = relax(slab)
+    return None if trajectory is None else (slab, float(trajectory.energies[-1]))
+
+
+# Adsorbates
+
+
+def bonds(adsorbate: ase.Atoms) -> list[Spring]:
+    """Pairs of atoms closer than 1.25 times the sum of their radii, and their distance."""
+    radii = covalent_radii[adsorbate.numbers]
+    pairs = [(a, b, float(adsorbate.get_distance(a, b))) for a, b in combinations(range(len(adsorbate)), 2)]
+    return [(a, b, length) for a, b, length in pairs if length < _BOND_FACTOR * (radii[a] + radii[b])]
+
+
+def bond_springs(name: str, first_atom: int = 0) -> list[Spring]:
     """The springs on the bonds of an adsorbate whose atoms are numbered from `first_atom`."""
-    adsorbate = _adsorbate(name)
-    return tuple(
-        Spring(first_atom + a, first_atom + b, SPRING_START * float(adsorbate.get_distance(a, b)))
-        for a, b in sorted(bonds(adsorbate))
-    )
-
-
-def _adsorbate(name: str) -> ase.Atoms:
-    symbols, positions = ADSORBATES[name]
-    return ase.Atoms(symbols, positions, tags=[2] * len(positions))
+    found = bonds(ase.Atoms(*ADSORBATES[name]))
+    return [(first_atom + a, first_atom + b, SPRING_START * length) for a, b, length in found]
 
 
 @cache
 def free_adsorbate(name: str) -> ase.Atoms:
     """An adsorbate relaxed on its own (one atom: as it is), its first atom at the origin."""
-    adsorbate = _adsorbate(name)
+    adsorbate = ase.Atoms(*ADSORBATES[name])
+    adsorbate.set_tags(2)
     if len(adsorbate) > 1:
         relax(adsorbate, bond_springs(name))
         adsorbate.positions -= adsorbate.positions[0]
@@ -271,43 +234,30 @@ def free_adsorbate(name: str) -> ase.Atoms:
 
 
 def place(slab: ase.Atoms, name: str, rng: np.random.Generator) -> ase.Atoms:
-    """Put an adsorbate on a site of the slab, randomly turned and slightly tilted."""
+    """Put an adsorbate near an atop, bridge or hollow site, randomly turned and slightly tilted, just touching it."""
     adsorbate = free_adsorbate(name).copy()
     adsorbate.rotate(rng.uniform(0, 360), "z")
     adsorbate.rotate(rng.uniform(0, 10), "x")
     adsorbate.rotate(rng.uniform(0, 360), "z")
-    adsorbate.positions[:, :2] += _draw_site(slab, rng)
-    adsorbate.positions[:, 2] += _touching_height(slab, adsorbate) + rng.uniform(0.0, 0.3)
+    images = slab.repeat((3, 3, 1))
+    images.positions -= slab.cell.array[:2].sum(axis=0)
+
+    # The site is the centre of 1 to 4 neighbouring surface atoms.
+    surface_atoms = images.positions[images.get_tags() == 1, :2]
+    somewhere = rng.random(2) @ slab.cell.array[:2, :2]
+    nearest = np.square(surface_atoms - somewhere).sum(axis=1).argsort()
+    site = surface_atoms[nearest[: int(rng.integers(1, 5))]].mean(axis=0)
+    adsorbate.positions[:, :2] += site + rng.normal(scale=0.05, size=2)
+
+    # At least 0.5 A above its neighbours, or a small atom would start inside a hollow.
+    aside = cdist(adsorbate.positions[:, :2], images.positions[:, :2], "sqeuclidean")
+    contact = _contact_radii(adsorbate)[:, None] + _contact_radii(images)
+    touching = images.positions[:, 2] + np.sqrt(np.maximum(np.square(contact) - aside, 0.25))
+    heights = (touching - adsorbate.positions[:, 2:])[aside < 2.2**2]
+    adsorbate.positions[:, 2] += heights.max() + rng.uniform(0.0, 0.3)
     system = slab + adsorbate
     system.set_constraint(FixAtoms(mask=system.get_tags() == 0))
     return system
-
-
-def _draw_site(slab: ase.Atoms, rng: np.random.Generator) -> Array:
-    """Near an atop, bridge or hollow site: the centre of 1 to 4 neighbouring surface atoms."""
-    surface_atoms = slab.positions[slab.get_tags() == 1, :2]
-    images = np.array([(a, b) for a in (-1, 0, 1) for b in (-1, 0, 1)]) @ slab.cell.array[:2, :2]
-    points = (surface_atoms + images[:, None]).reshape(-1, 2)
-    somewhere = rng.random(2) @ slab.cell.array[:2, :2]
-    nearest = np.square(points - somewhere).sum(axis=1).argsort()
-    number = int(rng.integers(1, 5))
-    return points[nearest[:number]].mean(axis=0) + rng.normal(scale=0.05, size=2)
-
-
-def _touching_height(slab: ase.Atoms, adsorbate: ase.Atoms) -> float:
-    """How far up the adsorbate must go for all its atoms to touch, not overlap, the slab's."""
-    images = np.array([(a, b) for a in (-1, 0, 1) for b in (-1, 0, 1)]) @ slab.cell.array[:2]
-    points = (slab.positions + images[:, None]).reshape(-1, 3)
-    radii = np.tile(_contact_radii(slab), len(images))
-    height = -np.inf
-    for position, radius in zip(adsorbate.positions, _contact_radii(adsorbate), strict=True):
-        aside = np.square(points[:, :2] - position[:2]).sum(axis=1)
-        below = aside < 2.2**2
-        up = np.square(radii[below] + radius) - aside[below]
-        # At least 0.5 A above its neighbours, or a small atom would start inside a hollow.
-        tops = points[below, 2] + np.sqrt(np.maximum(up, 0.25))
-        height = max(height, float(tops.max()) - position[2])
-    return height
 
 
 def _contact_radii(atoms: ase.Atoms) -> Array:
@@ -315,91 +265,55 @@ def _contact_radii(atoms: ase.Atoms) -> Array:
     return np.where(atoms.numbers == 1, 0.7, covalent_radii[atoms.numbers])
 
 
-def bonds(atoms: ase.Atoms) -> set[tuple[int, int]]:
-    """Pairs of adsorbate atoms (tag 2) closer than 1.25 times the sum of their radii."""
-    members = np.flatnonzero(atoms.get_tags() == 2)
-    return {
-        (int(a), int(b))
-        for a, b in combinations(members, 2)
-        if np.linalg.norm(atoms.positions[a] - atoms.positions[b])
-        < _BOND_FACTOR * covalent_radii[atoms.numbers[[a, b]]].sum()
-    }
+def is_usable(initial: ase.Atoms, relaxed: ase.Atoms) -> bool:
+    """Whether a relaxed system has none of OC20's anomalies.
 
-
-def why_unusable(initial: ase.Atoms, relaxed: ase.Atoms, trajectory: Trajectory) -> str | None:
-    """Say what is wrong with a relaxed system, None if nothing: OC20's anomalies.
-
-    Args:
-        initial: the adsorbate placed on the **relaxed** clean slab.
-        relaxed: the same atoms after relaxation.
-        trajectory: the relaxation between the two.
+    No bond of the adsorbate broke or formed, it is still on the surface and not below it, and no atom of the slab has
+    moved by more than 1 A from `initial`, where the adsorbate is placed on the **relaxed** clean slab.
     """
-    if not trajectory.converged or not np.isfinite(trajectory.energies).all():
-        return "not converged"
-    if bonds(initial) != bonds(relaxed):
-        return "bonds changed"
     tags = relaxed.get_tags()
     on_slab, adsorbed = np.flatnonzero(tags != 2), np.flatnonzero(tags == 2)
     radii = covalent_radii[relaxed.numbers]
     distances = relaxed.get_all_distances(mic=True)[np.ix_(adsorbed, on_slab)]
-    if (distances > _DESORBED_FACTOR * (radii[adsorbed][:, None] + radii[on_slab])).all():
-        return "desorbed"
-    lowest_surface = initial.positions[tags == 1, 2].min()
-    if relaxed.positions[adsorbed, 2].min() < lowest_surface - _MAX_DEPTH:
-        return "below the surface"
+    touches = (distances <= _DESORBED_FACTOR * (radii[adsorbed][:, None] + radii[on_slab])).any()
+    depth = initial.positions[tags == 1, 2].min() - relaxed.positions[adsorbed, 2].min()
     moves = np.linalg.norm((relaxed.positions - initial.positions)[on_slab], axis=1)
-    return "slab reconstructed" if moves.max() > _MAX_SLAB_MOVE else None
-
-
-def relaxed_slab(spec: SlabSpec) -> tuple[ase.Atoms, float] | None:
-    """The relaxed clean slab and its energy, None if it does not converge."""
-    slab = build_slab(spec)
-    trajectory = relax(slab)
-    return (slab, float(trajectory.energies[-1])) if trajectory.converged else None
+    before, after = ([bond[:2] for bond in bonds(atoms[adsorbed])] for atoms in (initial, relaxed))
+    return bool(before == after and touches and depth <= _MAX_DEPTH and moves.max() <= _MAX_SLAB_MOVE)
 
 
 def make_system(
     spec: SlabSpec, slab: ase.Atoms, slab_energy: float, name: str, rng: np.random.Generator
-) -> System | str:
-    """Place an adsorbate and relax: the system, or why it cannot be used."""
+) -> System | None:
+    """Place an adsorbate, turn every other system about z, and relax; None if the result cannot be used."""
     initial = place(slab, name, rng)
+    rotation = float(rng.uniform(0.0, 2 * np.pi) * (rng.random() < 0.5))
+    initial.rotate(np.degrees(rotation), "z", rotate_cell=True)
     relaxed = initial.copy()
     trajectory = relax(relaxed, bond_springs(name, first_atom=len(slab)))
-    reason = why_unusable(initial, relaxed, trajectory)
-    if reason is not None:
-        return reason
-    gas = gas_references()
-    reference = slab_energy + sum(gas[symbol] for symbol in initial.symbols[len(slab) :])
-    return System(spec=spec, adsorbate=name, atoms=initial, trajectory=trajectory, reference=reference)
+    if trajectory is None or not is_usable(initial, relaxed):
+        return None
+    reference = slab_energy + sum(gas_references()[symbol] for symbol in initial.symbols[len(slab) :])
+    return System(spec, name, rotation, initial, trajectory, reference)
 
 
-def rattled(system: System, frames: Sequence[int], rng: np.random.Generator) -> System:
-    """The same system with its free atoms moved by `RATTLE` in these frames; energies and forces anew.
+def rattled_frames(system: System, number: int, rng: np.random.Generator) -> Iterator[tuple[int, Array, float, Array]]:
+    """At most `number` steps of the relaxation that differ, with free atoms moved: step, positions, energy, forces.
 
-    The forces of a relaxation are small and their signs depend on hundredths of an Angstrom: too much to learn in
-    minutes. (OC20 has rattled structures too, beside the relaxations.)
+    One step at random in each equal part of the way, which is the sum of all atomic displacements, so the many last
+    steps that hardly move an atom do not crowd out the first ones. Rattled, as some of OC20's structures are, because
+    the forces of a relaxation are small and their signs depend on hundredths of an Angstrom: too much to learn in
+    minutes.
     """
-    old = system.trajectory
-    trajectory = replace(old, positions=old.positions.copy(), energies=old.energies.copy(), forces=old.forces.copy())
+    positions = system.trajectory.positions
+    moves = np.linalg.norm(np.diff(positions, axis=0), axis=2).sum(axis=1)
+    way = np.concatenate([[0.0], np.cumsum(moves)])
+    aims = (np.arange(number) + rng.random(number)) / number * way[-1]
     atoms = system.atoms.copy()
-    first_atom = len(atoms) - len(ADSORBATES[system.adsorbate][0])
-    atoms.calc = PairEMT(bond_springs(system.adsorbate, first_atom))
-    free = np.setdiff1d(np.arange(len(atoms)), atoms.constraints[0].get_indices())
-    for frame in frames:
-        trajectory.positions[frame][free] += rng.normal(0.0, RATTLE, (len(free), 3))
-        atoms.set_positions(trajectory.positions[frame], apply_constraint=False)
-        trajectory.energies[frame] = atoms.get_potential_energy()
-        trajectory.forces[frame] = atoms.get_forces(apply_constraint=False)
-    return replace(system, trajectory=trajectory)
-
-
-def rotated(system: System, angle: float) -> System:
-    """The same system turned about z by an angle in radians: cell, positions and forces."""
-    cos, sin = np.cos(angle), np.sin(angle)
-    turn = np.array([[cos, sin, 0.0], [-sin, cos, 0.0], [0.0, 0.0, 1.0]])  # row vectors: x @ turn
-    atoms = system.atoms.copy()
-    atoms.set_cell(atoms.cell.array @ turn)
-    old = system.trajectory
-    trajectory = replace(old, positions=old.positions @ turn, forces=old.forces @ turn)
-    atoms.positions = trajectory.positions[0]
-    return replace(system, atoms=atoms, trajectory=trajectory, rotation=angle)
+    atoms.calc = PairEMT(bond_springs(system.adsorbate, len(atoms) - len(ADSORBATES[system.adsorbate][0])))
+    free = atoms.get_tags() > 0
+    for step in sorted({int(np.abs(way - aim).argmin()) for aim in aims}):
+        moved = positions[step].copy()
+        moved[free] += rng.normal(0.0, RATTLE, (free.sum(), 3))
+        atoms.set_positions(moved, apply_constraint=False)
+        yield step, moved, atoms.get_potential_energy(), atoms.get_forces(apply_constraint=False)
