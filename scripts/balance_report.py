@@ -9,12 +9,7 @@ epoch: the share of the time that the other ranks wait, as far as time goes with
 
 import argparse
 import sys
-
-import numpy as np
-from numpy.typing import NDArray
-
-from faenet_ocp.data.loader import TrainBatchSampler
-from faenet_ocp.data.oc20 import OC20LmdbDataset
+from typing import Any
 
 
 def main() -> int:
@@ -24,6 +19,8 @@ def main() -> int:
     parser.add_argument("--batch-size", type=int, default=64, help="systems over all ranks together")
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4, 8])
     flags = parser.parse_args()
+    from faenet_ocp.data.oc20 import OC20LmdbDataset  # not before: --help does not wait for torch
+
     try:
         sizes = OC20LmdbDataset({"src": flags.src, "labels": [], "edges": "none"}).natoms()
         rows = [
@@ -38,7 +35,11 @@ def main() -> int:
     return 0
 
 
-def _excess(sizes: NDArray[np.integer], batch_size: int, ranks: int, balance: bool) -> float:
+def _excess(sizes: Any, batch_size: int, ranks: int, balance: bool) -> float:
+    import numpy as np
+
+    from faenet_ocp.data.loader import TrainBatchSampler
+
     samplers = [
         TrainBatchSampler(len(sizes), batch_size, seed=0, rank=rank, world_size=ranks, sizes=sizes if balance else None)
         for rank in range(ranks)

@@ -1,6 +1,6 @@
 """Make the table of element properties that the package ships, from mendeleev (extra `elements`).
 
-    python scripts/make_element_table.py [--output faenet_ocp/data/elements.csv]
+    python scripts/make_element_table.py [--output faenet_ocp/common/elements.csv]
 
 One row per element, 1 to 118, with the raw values and units of mendeleev; a value that mendeleev
 lacks is left empty. Standardisation is done where the table is read, in `faenet_ocp.common.elements`.

@@ -9,8 +9,6 @@ import argparse
 import sys
 from pathlib import Path
 
-from faenet_ocp.evaluation.submission import make_submission
-
 
 def main() -> int:
     """Runs the command line; 2 for wrong input."""
@@ -23,6 +21,8 @@ def main() -> int:
     parser.add_argument("--sources", help="LMDBs of the splits in that order, comma separated, to check ids against")
     parser.add_argument("--out", type=Path, required=True)
     flags = parser.parse_args()
+    from faenet_ocp.evaluation.submission import make_submission  # not before: --help does not wait for torch
+
     sources = flags.sources.split(",") if flags.sources else None
     try:
         counts = make_submission(flags.task, flags.predictions, flags.splits.split(","), flags.out, sources=sources)

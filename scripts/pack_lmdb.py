@@ -11,8 +11,6 @@ import logging
 import sys
 from pathlib import Path
 
-from faenet_ocp.prepare.pack import pack
-
 
 def main(argv: list[str] | None = None) -> None:
     """Command line entry."""
@@ -22,6 +20,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--num-workers", type=int, default=1, help="processes (default: 1)")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
+    from faenet_ocp.prepare.pack import pack  # not before: --help does not wait for torch
+
     try:
         records = pack(args.data_path, args.out_path, num_workers=args.num_workers)
     except (ValueError, OSError, RuntimeError) as error:

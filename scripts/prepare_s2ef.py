@@ -12,8 +12,6 @@ import logging
 import sys
 from pathlib import Path
 
-from faenet_ocp.prepare.s2ef import MAX_SHARDS, Options, prepare
-
 
 def main(argv: list[str] | None = None) -> None:
     """Command line entry."""
@@ -29,11 +27,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--get-edges", action="store_true", help="store edges: about ten times the disk space")
     parser.add_argument("--test-data", action="store_true", help="store no energies and forces")
     parser.add_argument("--num-workers", type=int, default=1, help="processes (default: 1)")
-    parser.add_argument(
-        "--chunk", type=int, help=f"input files per shard (default: as few as make at most {MAX_SHARDS} shards)"
-    )
+    parser.add_argument("--chunk", type=int, help="input files per shard (default: as few as make at most 128 shards)")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
+    from faenet_ocp.prepare.s2ef import Options, prepare  # not before: --help does not wait for torch
+
     options = Options(labels=not args.test_data, ref_energy=args.ref_energy, get_edges=args.get_edges)
     try:
         frames = prepare(args.data_path, args.out_path, options=options, num_workers=args.num_workers, chunk=args.chunk)

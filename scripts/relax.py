@@ -16,10 +16,6 @@ import logging
 import sys
 from pathlib import Path
 
-from faenet_ocp.checkpoint import load_checkpoint
-from faenet_ocp.inference.calculator import FORCE_SOURCES, Predictor
-from faenet_ocp.inference.relaxation_run import METRICS, open_structures, run
-
 
 def main(argv: list[str] | None = None) -> None:
     """Command line entry."""
@@ -37,12 +33,16 @@ def main(argv: list[str] | None = None) -> None:
         choices=("canonical", "full", "det", "none"),  # not stochastic: forces have to be functions of the positions
         help="default: what the checkpoint is evaluated with, canonical instead of stochastic",
     )
-    add("--forces", choices=FORCE_SOURCES, help="default: what the checkpoint is evaluated with")
+    add("--forces", choices=("prediction", "energy_gradient"), help="default: what the checkpoint is evaluated with")
     add("--precision", choices=("float32", "float64"), help="default: the checkpoint's")
     add("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     add("--trajectories", action="store_true", help="keep the path of each structure (trajectories/<index>.traj)")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
+    # Not before: --help does not wait for torch.
+    from faenet_ocp import Predictor, load_checkpoint
+    from faenet_ocp.inference.relaxation_run import METRICS, open_structures, run
+
     try:
         predictor = Predictor(
             load_checkpoint(args.checkpoint),
