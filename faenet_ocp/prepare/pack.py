@@ -1,4 +1,4 @@
-"""OC20's LMDB files to packed ones (``data.packed``): in several processes, resumable, compared with their source.
+"""OC20's LMDB files to packed ones (``packed_records``): in several processes, resumable, compared with their source.
 
 A packed file has the name of its source and gets it when it is whole, on disk, and every record of it has been read
 back and compared. Until then it is a hidden file with the ending `.partial`, to which the next call adds what is

@@ -82,17 +82,22 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
 # Damaged files
 
 
-def change(path: Path, line: int, old: str, new: str) -> None:
-    """Replace text in a line (from 1) of a file."""
-    lines = read(path).splitlines(keepends=True)
-    assert old in lines[line - 1]
-    lines[line - 1] = lines[line - 1].replace(old, new, 1)
-    write(path, "".join(lines))
+@pytest.fixture
+def xyz(tmp_path: Path) -> Path:
+    return write_raw(tmp_path / "raw", files=1, xz=False) / "0.extxyz"
 
 
-def first_atom(raw: Path, frame: int) -> int:
-    """The line of a frame's first atom in file 1."""
-    return frame * (2 + int(read(raw / "1.extxyz").splitlines()[0])) + 3
+def first_atom(xyz: Path, frame: int) -> int:
+    """The line of a frame's first atom."""
+    return frame * (2 + int(read(xyz).splitlines()[0])) + 3
+
+
+def assert_named(path: Path, line: int | None, message: str) -> None:
+    with pytest.raises(FormatError) as error:
+        list(read_log(path) if ".txt" in path.name else read_frames(path, labels=True))
+    assert str(error.value).startswith(f"{path}:" if line is None else f"{path}:{line}: ")
+    assert message in str(error.value)
+    assert str(error.value).isprintable()
 
 
 @pytest.mark.parametrize(
@@ -114,22 +119,12 @@ def first_atom(raw: Path, frame: int) -> int:
     ],
 )
 @pytest.mark.parametrize("frame", [0, 3])
-def test_a_garbage_row_is_named(own_raw: Path, tmp_path: Path, frame: int, row: str, message: str) -> None:
-    number = first_atom(own_raw, frame) + 5
-    path = own_raw / "1.extxyz"
-    lines = path.read_text().split("\n")
+def test_a_garbage_row_is_named(xyz: Path, frame: int, row: str, message: str) -> None:
+    number = first_atom(xyz, frame) + 5
+    lines = xyz.read_text().split("\n")
     lines[number - 1] = row
-    path.write_text("\n".join(lines))
-    with pytest.raises(FormatError) as error:
-        prepare(own_raw, tmp_path / "out", options=Options())
-    assert str(error.value).startswith(f"{path}:{number}: ")
-    assert message in str(error.value)
-    assert str(error.value).isprintable()
-    assert sorted(path.name for path in (tmp_path / "out").glob("*")) == [
-        ".prepare_s2ef",
-        "data.0000.lmdb",
-        "data.0002.lmdb",
-    ]
+    xyz.write_text("\n".join(lines))
+    assert_named(xyz, number, message)
 
 
 @pytest.mark.parametrize(
@@ -158,14 +153,13 @@ def test_a_garbage_row_is_named(own_raw: Path, tmp_path: Path, frame: int, row: 
         (2, "Properties", "energy", "the key 'energy' is there twice"),
     ],
 )
-def test_a_strange_header_is_named(own_raw: Path, tmp_path: Path, line: int, old: str, new: str, message: str) -> None:
-    path = own_raw / "1.extxyz"
-    number = first_atom(own_raw, 2) - 3 + line
-    change(path, number, old, new)
-    with pytest.raises(FormatError) as error:
-        prepare(own_raw, tmp_path / "out", options=Options())
-    assert str(error.value).startswith(f"{path}:{number}: ")
-    assert message in str(error.value)
+def test_a_strange_header_is_named(xyz: Path, line: int, old: str, new: str, message: str) -> None:
+    number = first_atom(xyz, 2) - 3 + line
+    lines = xyz.read_text().splitlines(keepends=True)
+    assert old in lines[number - 1]
+    lines[number - 1] = lines[number - 1].replace(old, new, 1)
+    xyz.write_text("".join(lines))
+    assert_named(xyz, number, message)
 
 
 @pytest.mark.parametrize(
@@ -182,13 +176,31 @@ def test_a_strange_header_is_named(own_raw: Path, tmp_path: Path, line: int, old
         "random,frame,1",
     ],
 )
-def test_a_strange_log_line_is_named(own_raw: Path, tmp_path: Path, line: str) -> None:
-    log = own_raw / "1.txt"
-    lines = log.read_text().splitlines()
-    log.write_text("\n".join([*lines[:2], line, *lines[3:]]) + "\n")
-    with pytest.raises(FormatError) as error:
-        prepare(own_raw, tmp_path / "out", options=Options())
-    assert str(error.value).startswith(f"{log}:3: ")
+def test_a_strange_log_line_is_named(tmp_path: Path, line: str) -> None:
+    log = write(tmp_path / "0.txt", f"random1,frame0,1.0\nrandom1,frame1\n{line}\nrandom1,frame2,1.0\n")
+    assert_named(log, 3, "")
+
+
+@pytest.mark.parametrize("kind", ["extxyz", "txt"])
+def test_files_that_were_cut_are_refused(tmp_path: Path, kind: str) -> None:
+    """Inside a number, between two lines, inside compressed data, or changed there."""
+    raw = write_raw(tmp_path / "raw", files=1, repeat=40)
+    path, text = raw / f"0.{kind}", read(raw / f"0.{kind}.xz")
+    count = len(text.splitlines())
+    write(path, text[:-3])
+    assert_named(path, count, "ends without a line break")
+    if kind == "extxyz":
+        write(path, "".join(text.splitlines(keepends=True)[:-1]))
+        assert_named(
+            path, count - 1, f"ends in the middle of the frame that starts in line {first_atom(path, 159) - 2}"
+        )
+    data = bytearray((raw / f"0.{kind}.xz").read_bytes())
+    for damaged in (data[:-30], data[: len(data) // 2] + b"?" + data[len(data) // 2 + 1 :]):
+        (raw / f"0.{kind}.xz").write_bytes(damaged)
+        assert_named(raw / f"0.{kind}.xz", None, "damaged or cut short from here on")
+
+
+# Files that do not belong together
 
 
 def test_counts_that_differ_are_named(own_raw: Path, tmp_path: Path) -> None:
@@ -219,43 +231,10 @@ def test_ids_that_belong_to_other_structures_are_named(own_raw: Path, tmp_path: 
     assert f":{4 * (2 + sizes[0]) + 1}: " in str(error.value)
 
 
-@pytest.mark.parametrize("kind", ["extxyz", "txt"])
-def test_truncated_xz_is_named(tmp_path: Path, kind: str) -> None:
-    raw = write_raw(tmp_path / "raw", repeat=40)
-    path = raw / f"1.{kind}.xz"
-    path.write_bytes(path.read_bytes()[:-30])
-    with pytest.raises(FormatError, match=rf"1\.{kind}\.xz:\d+: damaged or cut short from here on"):
-        prepare(raw, tmp_path / "out", options=Options())
-    assert not (tmp_path / "out" / "data.0001.lmdb").exists()
-    data = bytearray((raw / f"0.{kind}.xz").read_bytes())
-    data[len(data) // 2] ^= 0xFF
-    (raw / f"0.{kind}.xz").write_bytes(data)
-    with pytest.raises(FormatError, match=rf"0\.{kind}\.xz:\d+: damaged or cut short"):
-        prepare(raw, tmp_path / "other", options=Options())
-
-
-@pytest.mark.parametrize("kind", ["extxyz", "txt"])
-def test_a_file_cut_inside_its_last_number_is_refused(own_raw: Path, tmp_path: Path, kind: str) -> None:
-    path = own_raw / f"1.{kind}"
-    text = path.read_text()
-    path.write_text(text[:-3])
-    with pytest.raises(FormatError, match=rf"1\.{kind}:{len(text.splitlines())}: ends without a line break"):
-        prepare(own_raw, tmp_path / "out", options=Options())
-
-
-def test_a_file_cut_between_lines_is_refused(own_raw: Path, tmp_path: Path) -> None:
-    path = own_raw / "1.extxyz"
-    lines = path.read_text().splitlines(keepends=True)
-    path.write_text("".join(lines[:-1]))
-    start = first_atom(own_raw, 3) - 2
-    with pytest.raises(FormatError, match=rf"1\.extxyz:{len(lines) - 1}: ends in the middle .* starts in line {start}"):
-        prepare(own_raw, tmp_path / "out", options=Options())
-
-
 def test_a_cell_without_volume_is_named_where_edges_are_wanted(own_raw: Path, tmp_path: Path) -> None:
     path = own_raw / "1.extxyz"
     lines = path.read_text().splitlines(keepends=True)
-    number = first_atom(own_raw, 1) - 1
+    number = first_atom(path, 1) - 1
     lines[number - 1] = 'Lattice="1 0 0 2 0 0 0 0 9" ' + lines[number - 1].split('" ', 1)[1]
     path.write_text("".join(lines))
     with pytest.raises(FormatError, match=rf"1\.extxyz:{number - 1}: "):

@@ -106,6 +106,7 @@ def make_demo_data(root: str | Path, settings: DemoSettings, *, num_workers: int
     unfinished = root.with_name(f".{root.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)  # what an interrupted call has left
     tasks = list(_tasks(settings))
+    logger.info("relaxing adsorbates on %d slabs", len(tasks))
     results = ordered_map(_make_records, tasks, num_workers)
     # disable=None: a bar on terminals only.
     progress = iter(tqdm(results, total=len(tasks), unit="slab", desc="demo data", disable=None))

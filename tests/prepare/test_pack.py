@@ -1,0 +1,64 @@
+"""What is packed already: known by its source, which may have been copied, or may have changed since."""
+
+import logging
+import os
+from pathlib import Path
+from unittest.mock import Mock
+
+import pytest
+
+from faenet_ocp.prepare import pack as packing
+from faenet_ocp.prepare.pack import pack
+from small_data import dump_record, make_fields, write_lmdb
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return write(tmp_path, 0, 1, 2)
+
+
+def write(folder: Path, *numbers: int) -> Path:
+    (folder / "data.lmdb").unlink(missing_ok=True)
+    return write_lmdb(folder / "data.lmdb", [dump_record(make_fields(number, edges=False)) for number in numbers])
+
+
+def test_the_same_file_is_not_read_again(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    pack(source, tmp_path / "packed")
+    monkeypatch.setattr(packing, "_compare", None)
+    assert pack(source, tmp_path / "packed") == 3
+    assert "data.lmdb is packed already" in caplog.text
+
+
+def test_a_copy_is_compared(source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    pack(source, tmp_path / "packed")
+    os.utime(source, ns=(0, 0))
+    assert pack(source, tmp_path / "packed") == 3
+    assert "data.lmdb is packed already" in caplog.text
+
+
+def test_other_contents_are_noticed(source: Path, tmp_path: Path) -> None:
+    """Also where the file is as large as before, or only begins like it."""
+    pack(source, tmp_path / "packed")
+    size = source.stat().st_size
+    write(tmp_path, 0, 1, 3)
+    assert source.stat().st_size == size
+    with pytest.raises(ValueError, match=r"was packed from another file than .*\(record 2 differs .*\); remove it"):
+        pack(source, tmp_path / "packed")
+    write(tmp_path, 0, 1)
+    with pytest.raises(ValueError, match="it has not 2 records"):
+        pack(source, tmp_path / "packed")
+
+
+def test_what_was_begun_from_other_contents_is_begun_again(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(packing, "publish", Mock(side_effect=KeyboardInterrupt))
+        pack(source, tmp_path / "packed")
+    write(tmp_path, 0, 1, 3)
+    pack(source, tmp_path / "packed")
+    assert "was begun from another file and is begun again" in caplog.text
