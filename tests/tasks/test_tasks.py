@@ -195,7 +195,7 @@ def test_conservative_forces_are_the_derivative_of_the_energy(pair: AtomicData, 
 def test_the_training_gradient_holds_frames_constant(pair: AtomicData) -> None:
     """With the frames in the batch the derivative is that at fixed frames, and differs from the one through them."""
     tasks, model = _tasks(), _model("canonical")
-    frames = compute_frames(pair.pos, pair.batch, 2, **model.frames)
+    frames = compute_frames(pair.pos, pair.batch, 2, atomic_numbers=pair.atomic_numbers, **model.frames)
     pair.frame_rot, pair.frame_weight = frames.rot, frames.weight
     given = pair.clone()
     given.pos.requires_grad_(True)
