@@ -21,7 +21,8 @@ NAMES = [".".join(path.relative_to(PACKAGE).with_suffix("").parts) for path in F
 ALLOWED = {
     "common": "",
     "targets": "common",
-    "frames": "common",
+    "frame_rings": "",
+    "frames": "common frame_rings",
     "graph": "common",
     "config": "common targets",
     "models": "common targets frames graph data.fields",
@@ -40,7 +41,7 @@ ALLOWED = {
 FAIRCHEM = (
     "models.fairchem models.frame_averaging data tasks training evaluation launch build config inference benchmark"
 )
-TORCH_ONLY = "frames graph.vectors models"
+TORCH_ONLY = "frame_rings frames graph.vectors models"
 LONGEST = 400
 
 

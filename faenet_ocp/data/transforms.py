@@ -19,7 +19,7 @@ import torch
 from fairchem.core.datasets.atomic_data import AtomicData
 from torch import Tensor
 
-from faenet_ocp.frames import DIMS, GROUPS, METHODS, compute_frames, random_rotations, rotate
+from faenet_ocp.frames import DIMS, GROUPS, METHODS, compute_frames, pad_frames, random_rotations, rotate
 
 TRANSFORMS: dict[str, type["Transform"]] = {}
 
@@ -201,7 +201,9 @@ class FrameAveraging(BatchTransform):
             generator=generators,
             tolerance=self.tolerance,
         )
-        data.frame_rot, data.frame_weight = frames.rot, frames.weight
+        if self.method not in ("none", "stochastic"):
+            frames = pad_frames(frames, dim=self.dim, group=self.group)
+        data.frame_rot, data.frame_weight = frames
         return data
 
 
