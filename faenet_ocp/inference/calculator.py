@@ -24,6 +24,7 @@ from ase.calculators.calculator import Calculator, PropertyNotImplementedError, 
 from ase.constraints import FixAtoms
 from fairchem.core.datasets.atomic_data import AtomicData, atomicdata_list_to_batch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from faenet_ocp import build
 from faenet_ocp.checkpoint import load_checkpoint, load_weights
@@ -72,6 +73,8 @@ class Predictor:
             checkpoint is evaluated with. Checkpoints without forces have neither.
         precision: float32 or float64; None takes the checkpoint's.
         seed: of stochastic frames and of random transforms; they have a generator of their own.
+        keep_net_force: leave predicted forces as they are. Otherwise the mean force is taken out of systems that the
+            model sees without any fixed atom, see `without_net_force`.
 
     Attributes:
         properties: what is predicted, ("energy",) or ("energy", "forces").
@@ -89,6 +92,7 @@ class Predictor:
         forces: str | None = None,
         precision: str | None = None,
         seed: int = 0,
+        keep_net_force: bool = False,
     ):
         trained = build_config(without_removed(state["config"]))
         self.config = config = _inference_config(trained, frames, forces, precision)
@@ -111,6 +115,7 @@ class Predictor:
         self.transforms = Compose(transforms)
         self._removes_subsurface = "remove_subsurface" in transforms
         self.generator = torch.Generator().manual_seed(seed)
+        self.keep_net_force = keep_net_force
         statistics = state.get("statistics")
         self._training_set = CompositionFit.from_dict(statistics) if statistics else None
         self._warned: set[str] = set()
@@ -133,6 +138,8 @@ class Predictor:
         energies = outputs["energy"].detach().double().cpu().numpy()
         forces: Sequence[torch.Tensor | None] = [None] * len(samples)
         if "forces" in outputs:
+            if not self.keep_net_force:
+                outputs["forces"] = without_net_force(outputs["forces"], batch.fixed, batch.batch, len(samples))
             forces = outputs["forces"].double().cpu().split([len(sample.pos) for sample in samples])
         parts = zip(structures, samples, energies, forces, strict=True)
         return [_prediction(len(atoms), sample.atom_id.numpy(), energy, part) for atoms, sample, energy, part in parts]
@@ -224,10 +231,11 @@ class FAENetCalculator(Calculator):
         forces: str | None = None,
         precision: str | None = None,
         seed: int = 0,
+        keep_net_force: bool = False,
     ) -> Self:
         """Calculator from a checkpoint file, in which nothing can run; arguments as for `Predictor`."""
-        state = load_checkpoint(path)
-        return cls(Predictor(state, device=device, frames=frames, forces=forces, precision=precision, seed=seed))
+        options: dict[str, Any] = {"device": device, "frames": frames, "forces": forces, "precision": precision}
+        return cls(Predictor(load_checkpoint(path), **options, seed=seed, keep_net_force=keep_net_force))
 
     def calculate(
         self,
@@ -317,6 +325,26 @@ def fixed_atoms(atoms: Atoms) -> NDArray[np.bool_]:
         if isinstance(constraint, FixAtoms):
             fixed[constraint.index] = True
     return fixed
+
+
+def without_net_force(forces: Tensor, fixed: Tensor, batch: Tensor, num_systems: int) -> Tensor:
+    """Forces (N, 3) less their mean over a system, where the model sees no fixed atom of it.
+
+    The energy does not change when all atoms that the model sees move together, so the forces of its gradient add up to
+    zero; predicted ones do not, and would push adsorbate and surface along together without end. Where fixed atoms are
+    among those that the model sees, they take up the net force.
+
+    Args:
+        forces: eV/Angstrom, of the atoms that the model sees.
+        fixed: (N,), not zero for fixed atoms.
+        batch: system of every atom, (N,).
+        num_systems: B.
+    """
+    zeros = forces.new_zeros(num_systems, 3)
+    count = forces.new_zeros(num_systems).index_add(0, batch, torch.ones_like(forces[:, 0]))
+    held = forces.new_zeros(num_systems).index_add(0, batch, (fixed != 0).to(forces))
+    mean = zeros.index_add(0, batch, forces) / count.clamp(min=1).unsqueeze(1)
+    return forces - mean.where(held.unsqueeze(1) == 0, zeros)[batch]
 
 
 def _prediction(num_atoms: int, atom_id: NDArray[np.int64], energy: float, forces: torch.Tensor | None) -> Prediction:
