@@ -34,18 +34,26 @@ Canonical signs
     Decisions are made from quantities that the group leaves unchanged, so the weighted set of
     frames moves with the system and the average over it is exactly equivariant.
 
-Degenerate spectra (two equal variances, up to symmetric tops and perfect cubes)
-    Frames are always finite and orthonormal, and the same input gives the same frames. Within a
-    degenerate eigenspace the basis is whatever the eigensolver returns: it does not move with the
-    system, so no method is equivariant there. The exception is an eigenspace in which the system
-    has no extent (linear molecules, one atom, all atoms at one point): every basis projects it on
-    the same coordinates, and ``full`` and ``canonical`` stay equivariant because they contain both
-    signs of such an axis. A coplanar system with distinct in-plane variances is not degenerate.
+Equal variances (square slabs, symmetric tops, cubes, single atoms)
+    Where two variances are equal their axes are not defined, and next to that they turn quickly
+    with the atoms. There ``full``, ``canonical`` and ``det`` average over all directions of the two
+    axes: over their frames and over a ring of twelve rotations (and their mirror images in E), with
+    weights that fade smoothly into each other (weighted frames: Dym, Lawrence and Siegel, 2024,
+    arXiv 2402.16077). With g the difference of the two variances over their sum (plus
+    ``LENGTH**2``, so that two axes without extent count as equal) the ring has the share
+    (1 - (g/GAP)^2)^2, and none from g = ``GAP`` on: ordinary systems have the frames of eq. (2)
+    alone. The ring begins where the atoms lie (`frame_rings`), so it turns with the system. In 3D each
+    pair of neighbouring axes has its ring; where both pairs are equal, the 60 rotations of an
+    icosahedron take the place of both. These do not turn with the system: the energy of a cube or
+    a tetrahedron depends on its orientation, as far as 60 directions differ from all.
+    ``stochastic`` draws from the principal axes as the eigensolver returns them.
     ``frame_report`` names the systems concerned.
 
 Frames are computed in float64 whatever the precision of ``pos`` and returned in that of ``pos``.
-They are differentiable (signs are constants) except where the spectrum is degenerate: gradients
-there are infinite or nan. Pass ``pos.detach()`` to hold the frames constant.
+Frames and weights can be differentiated once by the positions; derivatives are finite everywhere.
+They are those of the average, with two exceptions: signs are constants (the average jumps where a
+sign changes), and so is the beginning of a ring in a system without a direction to begin with.
+Pass ``pos.detach()`` to hold frames and weights constant.
 """
 
 from collections.abc import Callable, Sequence
@@ -57,6 +65,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from faenet_ocp.frame_rings import (
+    MIN_EXTENT,
+    RING,
+    Part,
+    PrincipalAxes,
+    frame_parts,
+    rotation_from_quaternion,
+    system_mean,
+    system_sum,
+)
+
 Generators = torch.Generator | Sequence[torch.Generator] | None
 METHODS = ("full", "stochastic", "det", "canonical", "none")
 DIMS = (2, 3)
@@ -64,9 +83,6 @@ GROUPS = ("E", "SE")
 
 TIE = 1e-2
 """Share of ``tolerance`` by which the deciding odd invariant must lead one of opposite sign."""
-
-MIN_EXTENT = 1e-6
-"""Angstrom (root mean square): below it a system has no extent along an axis."""
 
 
 class Frames(NamedTuple):
@@ -100,22 +116,13 @@ class FrameReport(NamedTuple):
 
     Attributes:
         ambiguous: axes, by decreasing variance, whose canonical sign is undecided, (B, d) bool.
-        degenerate: two axes along which the system extends have equal variances, so equivariance
-            is lost with every method, (B,) bool.
+        degenerate: two axes along which the system extends have equal variances, (B,) bool.
         num_frames: frames that ``canonical`` averages, (B,) int64.
     """
 
     ambiguous: Tensor
     degenerate: Tensor
     num_frames: Tensor
-
-
-class _PrincipalAxes(NamedTuple):
-    """Float64: U (B, d, d), variances (B, d) in Angstrom^2, decreasing, and (X - t) U (N, d)."""
-
-    axes: Tensor
-    variance: Tensor
-    projected: Tensor
 
 
 def num_frames(dim: int, group: str) -> int:
@@ -153,7 +160,8 @@ def compute_frames(
 
     Returns:
         K = ``num_frames(dim, group)`` frames for ``full`` and ``canonical`` (padded with weight 0),
-        K = 1 otherwise; of the dtype and device of ``pos``.
+        K = 1 otherwise; and those of the rings, except with ``stochastic``, if the batch has a system that is seen
+        in them. Of the dtype and device of ``pos``.
 
     Raises:
         ValueError: unknown option, wrong shape, positions that are not finite, or no
@@ -167,20 +175,27 @@ def compute_frames(
 
     principal = _principal_axes(pos, batch, num_systems, dim, group)
     patterns = _sign_patterns(dim, group, device=pos.device)
-    if method == "canonical":
-        lead = _sign_lead(principal, batch, atomic_numbers, tolerance)
-        kept = _agreeing(patterns, lead, group)
-    else:
-        kept = torch.ones(num_systems, len(patterns), dtype=torch.bool, device=pos.device)
-    rot = _embed(principal.axes.unsqueeze(1) * patterns.unsqueeze(1))
-    if method == "det":
-        rot, kept = rot[:, :1], kept[:, :1]
-    elif method == "stochastic":
+    if method == "stochastic":
         drawn = _draw(len(patterns), num_systems, generator, pos.device)
-        rot, kept = rot[torch.arange(num_systems, device=pos.device), drawn, None], kept[:, :1]
-    rot = torch.where(kept[:, :, None, None], rot, torch.eye(3, dtype=rot.dtype, device=rot.device))
-    weight = kept.to(pos.dtype) / kept.sum(dim=1, keepdim=True)
-    return Frames(rot.to(pos.dtype), weight)
+        rot = _embed(principal.axes * patterns[drawn].unsqueeze(1)).unsqueeze(1).to(pos.dtype)
+        return Frames(rot, torch.ones_like(rot[:, :, 0, 0]))
+    kept = torch.ones(num_systems, len(patterns), dtype=torch.bool, device=pos.device)
+    if method == "canonical":
+        kept = _agreeing(patterns, _sign_lead(principal, batch, atomic_numbers, tolerance), group)
+    of_axes, *rings = frame_parts(principal, batch)
+    frames = [_signed(of_axes, patterns[:1], kept[:, :1]) if method == "det" else _signed(of_axes, patterns, kept)]
+    frames += [_signed(ring, patterns, torch.ones_like(kept)) for ring in rings]
+    rot, weight = (torch.cat(tensors, dim=1) for tensors in zip(*frames, strict=True))
+    rot = torch.where(weight[:, :, None, None] > 0, rot, torch.eye(3, dtype=rot.dtype, device=rot.device))
+    return Frames(rot.to(pos.dtype), weight.to(pos.dtype))
+
+
+def pad_frames(frames: Frames, *, dim: int, group: str) -> Frames:
+    """The frames with others of weight 0, as many as any system can have, so that systems can be put together."""
+    turns = RING if dim == 2 else 2 * RING + 15
+    missing = num_frames(dim, group) * (1 + turns) - frames.rot.shape[1]
+    others = torch.eye(3).to(frames.rot).expand(len(frames.rot), missing, 3, 3)
+    return Frames(torch.cat([frames.rot, others], dim=1), torch.nn.functional.pad(frames.weight, (0, missing)))
 
 
 def frame_report(
@@ -206,11 +221,20 @@ def frame_report(
     _check_inputs(pos, batch, num_systems, dim, group)
     principal = _principal_axes(pos.detach(), batch, num_systems, dim, group)
     lead = _sign_lead(principal, batch, atomic_numbers, tolerance)
-    kept = _agreeing(_sign_patterns(dim, group, device=pos.device), lead, group)
     larger, smaller = principal.variance[:, :-1], principal.variance[:, 1:]
     extended = ~_no_extent(principal.variance, tolerance)[:, :-1]
     equal = (larger - smaller <= tolerance * larger) & extended
-    return FrameReport(ambiguous=lead == 0, degenerate=equal.any(dim=1), num_frames=kept.sum(dim=1))
+    frames = compute_frames(
+        pos,
+        batch,
+        num_systems,
+        method="canonical",
+        dim=dim,
+        group=group,
+        atomic_numbers=atomic_numbers,
+        tolerance=tolerance,
+    )
+    return FrameReport(lead == 0, equal.any(dim=1), (frames.weight > 0).sum(dim=1))
 
 
 def random_rotations(
@@ -238,7 +262,7 @@ def random_rotations(
     _check_choice("dim", dim, DIMS)
     normals = _each(generator, num_systems, device, partial(torch.randn, dtype=torch.float64), 4)
     if dim == 3:
-        axes = _rotation_from_quaternion(normals / normals.norm(dim=1, keepdim=True))
+        axes = rotation_from_quaternion(normals / normals.norm(dim=1, keepdim=True))
     else:
         cos, sin = (normals[:, :2] / normals[:, :2].norm(dim=1, keepdim=True)).unbind(1)
         axes = torch.stack([cos, -sin, sin, cos], dim=1).reshape(-1, 2, 2)
@@ -258,7 +282,7 @@ def flatten_frames(frames: Frames) -> Views:
 def centroids(pos: Tensor, batch: Tensor, num_systems: int, *, dim: int = 3) -> Tensor:
     """Origin t of the frames, (B, 3): the mean position; its z is 0 when ``dim`` is 2."""
     _check_choice("dim", dim, DIMS)
-    mean = _mean(pos[:, :dim].double(), batch, num_systems)
+    mean = system_mean(pos[:, :dim].double(), batch, num_systems)
     return torch.nn.functional.pad(mean, (0, 3 - dim)).to(pos.dtype)
 
 
@@ -299,31 +323,29 @@ def _check_inputs(pos: Tensor, batch: Tensor, num_systems: int, dim: int, group:
         raise ValueError(f"pos of systems {systems} (of {num_systems}) holds nan or infinity")
 
 
-def _sum(values: Tensor, batch: Tensor, num_systems: int) -> Tensor:
-    """Sum over the atoms of every system: (N, ...) -> (B, ...)."""
-    return values.new_zeros(num_systems, *values.shape[1:]).index_add(0, batch, values)
-
-
-def _mean(values: Tensor, batch: Tensor, num_systems: int) -> Tensor:
-    count = _sum(values.new_ones(len(values)), batch, num_systems).clamp(min=1)
-    return _sum(values, batch, num_systems) / count.reshape(-1, *[1] * (values.dim() - 1))
-
-
-def _principal_axes(pos: Tensor, batch: Tensor, num_systems: int, dim: int, group: str) -> _PrincipalAxes:
+def _principal_axes(pos: Tensor, batch: Tensor, num_systems: int, dim: int, group: str) -> PrincipalAxes:
     """Diagonalise the covariance of every system; signs as in method ``det``."""
     coordinates = pos[:, :dim].double()
-    centred = coordinates - _mean(coordinates, batch, num_systems)[batch]
-    covariance = _mean(centred.unsqueeze(2) * centred.unsqueeze(1), batch, num_systems)
-    variance, axes = torch.linalg.eigh(covariance)
-    variance, axes = variance.flip(1), axes.flip(2)
+    centred = coordinates - system_mean(coordinates, batch, num_systems)[batch]
+    covariance = system_mean(centred.unsqueeze(2) * centred.unsqueeze(1), batch, num_systems)
     with torch.no_grad():
+        variance, axes = torch.linalg.eigh(covariance)
+        variance, axes = variance.flip(1), axes.flip(2)
         # The eigensolver's signs differ between devices and batch sizes, these do not.
         signs = torch.where(axes.sum(dim=1) >= 0, 1.0, -1.0).to(axes.dtype)
         if group == "SE":
             signs[:, -1] *= torch.linalg.det(axes * signs.unsqueeze(1)).sign()
-    axes = axes * signs.unsqueeze(1)
+        axes = axes * signs.unsqueeze(1)
     projected = (centred.unsqueeze(2) * axes[batch]).sum(dim=1)
-    return _PrincipalAxes(axes, variance, projected)
+    return PrincipalAxes(axes, variance, projected, axes.transpose(1, 2) @ covariance @ axes)
+
+
+def _signed(part: Part, patterns: Tensor, kept: Tensor) -> Frames:
+    """The frames of a part, (B, T K, 3, 3), with the signs that are kept, (B, K)."""
+    turned = part.axes.unsqueeze(1) @ part.turns  # (B, T, d, d)
+    weight = part.share.unsqueeze(1) * kept / (kept.sum(dim=1, keepdim=True) * turned.shape[1])
+    rot = (turned.unsqueeze(2) * patterns.unsqueeze(1)).flatten(1, 2)
+    return Frames(_embed(rot), weight.repeat(1, turned.shape[1]))
 
 
 def _sign_patterns(dim: int, group: str, device: torch.device) -> Tensor:
@@ -340,7 +362,7 @@ def _no_extent(variance: Tensor, tolerance: float) -> Tensor:
 
 
 @torch.no_grad()
-def _sign_lead(principal: _PrincipalAxes, batch: Tensor, atomic_numbers: Tensor | None, tolerance: float) -> Tensor:
+def _sign_lead(principal: PrincipalAxes, batch: Tensor, atomic_numbers: Tensor | None, tolerance: float) -> Tensor:
     """By how much the odd invariants favour the present direction of an axis, (B, d).
 
     Positive: keep the direction; negative: turn the axis; exactly 0: undecided.
@@ -354,8 +376,8 @@ def _sign_lead(principal: _PrincipalAxes, batch: Tensor, atomic_numbers: Tensor 
     cube = principal.projected**3
     terms = torch.stack([cube, charge * cube, charge * principal.projected], dim=2)
     num_systems = len(principal.variance)
-    scale = _sum(terms.abs(), batch, num_systems).clamp(min=torch.finfo(terms.dtype).tiny)
-    moments = _sum(terms, batch, num_systems) / scale
+    scale = system_sum(terms.abs(), batch, num_systems).clamp(min=torch.finfo(terms.dtype).tiny)
+    moments = system_sum(terms, batch, num_systems) / scale
     # Turning the axis swaps the two sides, so comparing them is invariant and treats ties alike.
     ahead, behind = moments.amax(dim=2), (-moments).amax(dim=2)
     lead = ahead - behind
@@ -396,14 +418,3 @@ def _embed(axes: Tensor) -> Tensor:
     z = torch.tensor([0.0, 0.0, 1.0], dtype=axes.dtype, device=axes.device)
     wide = torch.nn.functional.pad(axes, (0, 1))
     return torch.cat([wide, z.expand(*axes.shape[:-2], 1, 3)], dim=-2)
-
-
-def _rotation_from_quaternion(q: Tensor) -> Tensor:
-    """Unit quaternions (B, 4) to rotation matrices (B, 3, 3)."""
-    w, x, y, z = q.unbind(1)
-    rows = [
-        1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y),
-        2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x),
-        2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y),
-    ]  # fmt: skip
-    return torch.stack(rows, dim=1).reshape(-1, 3, 3)

@@ -36,6 +36,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--forces", choices=("prediction", "energy_gradient"), help="default: what the checkpoint is evaluated with")
     add("--precision", choices=("float32", "float64"), help="default: the checkpoint's")
     add("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    add("--keep-net-force", action="store_true", help="do not take the mean force out where no fixed atom is seen")
     add("--trajectories", action="store_true", help="keep the path of each structure (trajectories/<index>.traj)")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
@@ -50,6 +51,7 @@ def main(argv: list[str] | None = None) -> None:
             frames=args.frames,
             forces=args.forces,
             precision=args.precision,
+            keep_net_force=args.keep_net_force,
         )
         metrics = run(
             open_structures(args.input),
@@ -61,6 +63,7 @@ def main(argv: list[str] | None = None) -> None:
                 "frames": predictor.config.frames.evaluation_method,
                 "forces": "energy_gradient" if predictor.conservative else "prediction",
                 "precision": predictor.config.job.precision,
+                "keep_net_force": args.keep_net_force,
                 **{name: getattr(args, name) for name in ("fmax", "max_steps", "max_step")},
             },
             batch_size=args.batch_size,

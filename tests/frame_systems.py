@@ -114,11 +114,11 @@ def symmetric_systems():
         "water": (water.positions, water.numbers, [1, 0, 1], 4, 2),
         "two-fold axis": (two_fold, doubled, [1, 1, 0], 4, 2),
         "mirror": (mirror, doubled, None, 2, 1),
-        "linear": (chain, np.array([6, 8, 1]), [0, 1, 1], 4, 2),
+        "linear": (chain, np.array([6, 8, 1]), [0, 1, 1], 48, 24),
         "centred linear": (chain * [0, 0, 0] + [[0, 0, -1.2], [0, 0, 0], [0, 0, 1.2]],
-                           np.array([8, 6, 8]), [1, 1, 1], 8, 4),
-        "one atom": (np.array([[1.0, 2.0, 3.0]]), np.array([29]), [1, 1, 1], 8, 4),
-        "one point": (np.full((11, 3), 0.1), np.arange(1, 12), [1, 1, 1], 8, 4),
+                           np.array([8, 6, 8]), [1, 1, 1], 48, 24),
+        "one atom": (np.array([[1.0, 2.0, 3.0]]), np.array([29]), [1, 1, 1], 120, 60),
+        "one point": (np.full((11, 3), 0.1), np.arange(1, 12), [1, 1, 1], 120, 60),
     }  # fmt: skip
 
 

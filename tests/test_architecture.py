@@ -24,7 +24,8 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 ALLOWED = {
     "common": "",
     "targets": "common",
-    "frames": "common",
+    "frame_rings": "",
+    "frames": "common frame_rings",
     "graph": "common",
     "config": "common targets",
     "models": "common targets frames graph data.fields",
@@ -44,7 +45,7 @@ ALLOWED = {
 FAIRCHEM = (
     "models.fairchem models.frame_averaging data tasks training evaluation launch build config inference benchmark"
 )
-TORCH_ONLY = "frames graph.vectors models"
+TORCH_ONLY = "frame_rings frames graph.vectors models"
 LONGEST = 400
 
 

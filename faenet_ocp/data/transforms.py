@@ -19,7 +19,7 @@ from torch import Tensor
 
 from faenet_ocp.common.checks import choice, flag, nearest, parameters
 from faenet_ocp.data.fields import level_of
-from faenet_ocp.frames import DIMS, GROUPS, METHODS, compute_frames, random_rotations, rotate
+from faenet_ocp.frames import DIMS, GROUPS, METHODS, compute_frames, pad_frames, random_rotations, rotate
 from faenet_ocp.targets import TARGETS
 
 TRANSFORMS: dict[str, type["Transform"]] = {}
@@ -194,7 +194,9 @@ class FrameAveraging(BatchTransform):
             generator=generators,
             tolerance=self.tolerance,
         )
-        data.frame_rot, data.frame_weight = frames.rot, frames.weight
+        if self.method not in ("none", "stochastic"):
+            frames = pad_frames(frames, dim=self.dim, group=self.group)
+        data.frame_rot, data.frame_weight = frames
         return data
 
 

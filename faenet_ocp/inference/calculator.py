@@ -39,10 +39,11 @@ class FAENetCalculator(Calculator):
         forces: str | None = None,
         precision: str | None = None,
         seed: int = 0,
+        keep_net_force: bool = False,
     ) -> Self:
         """Calculator from a checkpoint file, in which nothing can run; arguments as for `Predictor`."""
-        state = load_checkpoint(path)
-        return cls(Predictor(state, device=device, frames=frames, forces=forces, precision=precision, seed=seed))
+        options: dict[str, Any] = {"device": device, "frames": frames, "forces": forces, "precision": precision}
+        return cls(Predictor(load_checkpoint(path), **options, seed=seed, keep_net_force=keep_net_force))
 
     def calculate(
         self,

@@ -83,6 +83,8 @@ class Predictor:
             checkpoint is evaluated with. Checkpoints without forces have neither.
         precision: float32 or float64; None takes the checkpoint's.
         seed: of stochastic frames and of random transforms; they have a generator of their own.
+        keep_net_force: leave predicted forces as they are. Otherwise the mean force is taken out of systems that the
+            model sees without any fixed atom, see `without_net_force`.
 
     Attributes:
         properties: names of what is predicted, e.g. ("energy", "forces").
@@ -100,6 +102,7 @@ class Predictor:
         forces: str | None = None,
         precision: str | None = None,
         seed: int = 0,
+        keep_net_force: bool = False,
     ):
         trained = build_config(without_removed(state["config"]))
         self.config = config = _inference_config(trained, frames, forces, precision)
@@ -116,6 +119,7 @@ class Predictor:
         transforms = {name: given for name, given in config.dataset.transforms.items() if given is not False}
         self.transforms, self._removes_subsurface = Compose(transforms), "remove_subsurface" in transforms
         self.generator = torch.Generator().manual_seed(seed)
+        self.keep_net_force = keep_net_force
         self._training_set = next(iter(fits_from_dict(state.get("statistics")).values()), None)
         self._warned: set[str] = set()
 
@@ -132,6 +136,8 @@ class Predictor:
                 batch.pos, batch.batch, len(samples), generator=self.generator, **self.model.frames
             )
         ((_, physical, _),) = predict(self.model, self.tasks, [batch], conservative=self.conservative)
+        if "forces" in physical and not self.keep_net_force:
+            physical["forces"] = without_net_force(physical["forces"], batch.fixed, batch.batch, len(samples))
         outputs = {name: value.detach().double().cpu() for name, value in physical.items()}
         levels = {target.name: target.level for target in self.config.targets}
         natoms = [len(sample.pos) for sample in samples]
@@ -203,6 +209,26 @@ class Predictor:
         if message not in self._warned:
             self._warned.add(message)
             logger.warning(message)
+
+
+def without_net_force(forces: Tensor, fixed: Tensor, batch: Tensor, num_systems: int) -> Tensor:
+    """Forces (N, 3) less their mean over a system, where the model sees no fixed atom of it.
+
+    The energy does not change when all atoms that the model sees move together, so the forces of its gradient add up to
+    zero; predicted ones do not, and would push adsorbate and surface along together without end. Where fixed atoms are
+    among those that the model sees, they take up the net force.
+
+    Args:
+        forces: eV/Angstrom, of the atoms that the model sees.
+        fixed: (N,), not zero for fixed atoms.
+        batch: system of every atom, (N,).
+        num_systems: B.
+    """
+    zeros = forces.new_zeros(num_systems, 3)
+    count = forces.new_zeros(num_systems).index_add(0, batch, torch.ones_like(forces[:, 0]))
+    held = forces.new_zeros(num_systems).index_add(0, batch, (fixed != 0).to(forces))
+    mean = zeros.index_add(0, batch, forces) / count.clamp(min=1).unsqueeze(1)
+    return forces - mean.where(held.unsqueeze(1) == 0, zeros)[batch]
 
 
 def _prediction(num_atoms: int, atom_id: NDArray[np.int64], values: Mapping[str, float | Tensor]) -> Prediction:

@@ -39,6 +39,8 @@ class Relaxed:
         steps: steps taken.
         fmax: largest force on an atom that may move, eV/Angstrom.
         status: converged, max_steps, or failed (a prediction that is not finite; `atoms` is the step before).
+        common_displacement: by how much the atoms that the model sees have moved together, their mean displacement in
+            Angstrom; with fixed atoms that it does not see, this has cost nothing.
     """
 
     index: int
@@ -47,6 +49,7 @@ class Relaxed:
     steps: int
     fmax: float
     status: str
+    common_displacement: float = 0.0
 
 
 def relax(
@@ -104,6 +107,8 @@ class _Relaxation:
     def __init__(self, index: int, atoms: Atoms, max_step: float, trajectories: Path | None):
         self.index, self.atoms, self.max_step, self.steps = index, atoms, max_step, 0
         self.atoms.calc = None
+        self.start = atoms.positions.copy()
+        self.seen = np.ones(len(atoms), dtype=bool)
         self.initial_energy = self.fmax = np.nan
         self.optimizer = self._new_optimizer()
         self.trajectory: TrajectoryWriter | None = None
@@ -130,6 +135,7 @@ class _Relaxation:
             return "failed"
         if self.atoms.calc is None:
             self._check_fixed(prediction.seen)
+            self.seen = prediction.seen
             self.initial_energy = energy
         self.atoms.calc = SinglePointCalculator(self.atoms, energy=energy, forces=forces)
         if self.trajectory is not None:
@@ -168,4 +174,5 @@ class _Relaxation:
             steps=self.steps,
             fmax=self.fmax,
             status=status,
+            common_displacement=float(np.linalg.norm((self.atoms.positions - self.start)[self.seen].mean(axis=0))),
         )

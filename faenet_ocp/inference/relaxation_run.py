@@ -189,6 +189,7 @@ def _frame(relaxed: Relaxed) -> str:
         "steps": relaxed.steps,
         "fmax": relaxed.fmax,
         "initial_energy": relaxed.initial_energy,
+        "common_displacement": relaxed.common_displacement,
     }
     if "y_relaxed" in given.info:
         atoms.info["y_relaxed"] = given.info["y_relaxed"]
@@ -223,17 +224,20 @@ def relaxation_metrics(results: Iterable[Atoms]) -> dict[str, Any]:
     """Metrics of finished relaxations, the frames of `relaxed.extxyz`.
 
     Returns:
-        num_structures, num_converged, num_failed, mean_steps; where relaxed energies are known (IS2RE by relaxation)
+        num_structures, num_converged, num_failed, mean_steps, mean and max of the common displacement (see
+        `relaxation.Relaxed`); where relaxed energies are known (IS2RE by relaxation)
         `energy` with `evaluation.energy_metrics`; where relaxed positions are known (IS2RS) `positions` with
         average_distance_within_threshold (ADwT, %), mean_distance (Angstrom) and num_systems.
     """
     status: list[str] = []
     steps: list[int] = []
+    displacements: list[float] = []
     energies: list[tuple[float, float]] = []
     distances: list[float] = []
     for atoms in results:
         status.append(atoms.info["status"])
         steps.append(int(atoms.info["steps"]))
+        displacements.append(float(atoms.info["common_displacement"]))
         if "y_relaxed" in atoms.info:
             energies.append((atoms.get_potential_energy(), float(atoms.info["y_relaxed"])))
         if atoms.has("pos_relaxed"):
@@ -243,6 +247,8 @@ def relaxation_metrics(results: Iterable[Atoms]) -> dict[str, Any]:
         "num_converged": status.count("converged"),
         "num_failed": status.count("failed"),
         "mean_steps": float(np.mean(steps)) if steps else None,
+        "mean_common_displacement": float(np.mean(displacements)) if steps else None,
+        "max_common_displacement": max(displacements, default=None),
     }
     if energies:
         pred, target = np.array(energies).T

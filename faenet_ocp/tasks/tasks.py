@@ -122,8 +122,8 @@ def energy_gradient_forces(
 def conservative_outputs(model: nn.Module, tasks: Sequence[Task], batch: AtomicData) -> dict[str, Any]:
     """Model outputs with -dE/dX as forces, differentiated through the frames: the energy is conserved exactly.
 
-    The graph (which atoms are neighbours) is constant in the derivative. Where two principal moments are equal the
-    frames have no derivative and the forces are not finite.
+    The graph (which atoms are neighbours) is constant in the derivative, and so are the signs of canonical frames: the
+    energy makes a step where these change. Forces are finite for all positions (see `frames` on equal variances).
     """
     with torch.enable_grad():
         batch.pos.requires_grad_(True)

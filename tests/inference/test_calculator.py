@@ -227,6 +227,23 @@ def test_scalars_that_the_configuration_declares(s2ef: State) -> None:
     assert gaps[1] == pytest.approx(3 + 2 * gaps[0]) != gaps[0]
 
 
+def test_the_net_force_is_taken_out_where_no_fixed_atom_is_seen(
+    s2ef: dict[str, Any], s2ef_without_subsurface: dict[str, Any]
+) -> None:
+    held, free = slab(1), slab(2)
+    held.set_constraint(FixAtoms(np.flatnonzero(held.get_tags() < 2)))
+    kept, removed = (
+        Predictor(s2ef_without_subsurface, precision="float64", keep_net_force=keep)([held, free, slab(3)])
+        for keep in (True, False)
+    )
+    np.testing.assert_array_equal(removed[0].forces, kept[0].forces)
+    for before, after in zip(kept[1:], removed[1:], strict=True):
+        mean = before.forces[before.seen].mean(axis=0)
+        assert np.abs(mean).max() > 1e-3
+        np.testing.assert_allclose(after.forces[after.seen], before.forces[before.seen] - mean, rtol=0, atol=1e-12)
+        assert not after.forces[~after.seen].any()
+
+
 # ------------------------------------------------------------------------------------ state
 def test_nothing_is_stale_along_a_path(s2ef: State) -> None:
     """One calculator through every kind of change gives what a new one gives."""

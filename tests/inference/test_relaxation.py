@@ -79,6 +79,8 @@ def test_the_path_is_that_of_ase_whatever_the_companions(batch_size: int) -> Non
         np.testing.assert_allclose(result.atoms.positions, atoms.positions, rtol=0, atol=1e-9)
         assert result.atoms.get_potential_energy() == pytest.approx(atoms.get_potential_energy(), abs=1e-9)
         assert result.atoms.get_potential_energy() < result.initial_energy
+        moved = np.linalg.norm((result.atoms.positions - start).mean(axis=0))
+        assert 0 < result.common_displacement == pytest.approx(moved)
         assert np.linalg.norm(result.atoms.get_forces(), axis=1).max() == pytest.approx(result.fmax)
         fixed = atoms.get_tags() == 0
         assert (result.atoms.positions[fixed] == start[fixed]).all()
