@@ -24,8 +24,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 ALLOWED = {
     "common": "",
     "targets": "common",
-    "frame_rings": "",
-    "frames": "common frame_rings",
+    "frames": "common",
     "graph": "common",
     "config": "common targets",
     "models": "common targets frames graph data.fields",
@@ -45,7 +44,7 @@ ALLOWED = {
 FAIRCHEM = (
     "models.fairchem models.frame_averaging data tasks training evaluation launch build config inference benchmark"
 )
-TORCH_ONLY = "frame_rings frames graph.vectors models"
+TORCH_ONLY = "frames graph.vectors models"
 LONGEST = 400
 
 

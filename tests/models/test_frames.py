@@ -271,9 +271,9 @@ def test_empty_system_and_empty_batch():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"method": "fulll"}, "method='fulll'.*'stochastic'"),
-        ({"dim": 4}, "dim=4.*2, 3"),
-        ({"group": "O"}, "group='O'.*'E', 'SE'"),
+        ({"method": "fulll"}, "method: 'fulll'.*stochastic"),
+        ({"dim": 4}, "dim: 4.*2, 3"),
+        ({"group": "O"}, "group: 'O'.*E, SE"),
         ({"pos": torch.zeros(5, 2)}, r"pos must be floating point \(N, 3\).*\(5, 2\)"),
         ({"pos": torch.zeros(5, 3, dtype=torch.long)}, "int64"),
         ({"batch": torch.zeros(4, dtype=torch.long)}, r"batch must be \(5,\)"),
