@@ -10,10 +10,10 @@ from typing import Any
 
 _PUBLIC = {
     "FAENet": "faenet_ocp.models.faenet",
-    "EnergyHead": "faenet_ocp.models.faenet",
+    "EnergyHead": "faenet_ocp.models.heads",
     "ForceHead": "faenet_ocp.models.heads",
     "FAENetBackbone": "faenet_ocp.models.fairchem",
-    "FrameAveragedModel": "faenet_ocp.models.fairchem",
+    "FrameAveragedModel": "faenet_ocp.models.frame_averaging",
     "Frames": "faenet_ocp.frames",
     "compute_frames": "faenet_ocp.frames",
     "OC20LmdbDataset": "faenet_ocp.data.oc20",

@@ -16,10 +16,11 @@ from torch.utils.data import Dataset
 
 from faenet_ocp.config.schema import Config, SourceConfig, nearest
 from faenet_ocp.data import packed as packed_dataset  # noqa: F401  # registers the data sets
-from faenet_ocp.models.fairchem import FAENetEnergyHead, FAENetForceHead, FrameAveragedModel
+from faenet_ocp.kernels import accelerate
+from faenet_ocp.models import fairchem as faenet_models  # noqa: F401  # registers FAENet and its heads
+from faenet_ocp.models.frame_averaging import FrameAveragedModel
 
 _GRAPH = {"cutoff": 6.0, "max_neighbors": 40}
-_HEADS = {"energy": FAENetEnergyHead, "forces": FAENetForceHead}
 
 
 def make_dataset(
@@ -86,49 +87,54 @@ def frame_settings(config: Config, method: str) -> dict[str, Any]:
 
 
 def make_model(config: Config) -> FrameAveragedModel:
-    """The configured model with seeded initial weights, on the CPU.
+    """The configured model with seeded initial weights, on the CPU, accelerated (see `kernels`).
 
-    `model:` holds the backbone's arguments; FAENet's heads take theirs from the same section, other backbones name
-    their heads in `model.heads` as fairchem does.
+    `model:` holds the options of the backbone and of its default heads; other heads are named in `model.heads` as
+    fairchem does.
 
     Raises:
         ValueError: unknown model, option or value; names the key.
     """
     torch.manual_seed(config.job.seed)
-    cls = _registered("model.name", config.model["name"], registry.get_model_class, "model_name_mapping")
-    arguments = {key: value for key, value in config.model.items() if key not in ("name", "heads")}
-    graph = {key: arguments.get(key, default) for key, default in _GRAPH.items()}
-    heads = config.model.get("heads")
+    name = config.model["name"]
+    cls = _registered("model.name", name, registry.get_model_class, "model_name_mapping")
+    options = {key: value for key, value in config.model.items() if key not in ("name", "heads")}
+    graph = {key: options.get(key, default) for key, default in _GRAPH.items()}
+    heads, head_options = config.model.get("heads"), set[str]()
     if heads is None:
-        heads = {name: _faenet_head(name, arguments) for name in config.properties}
-        used_by_heads = {key for head in heads.values() for key in head}
-    else:
-        used_by_heads = set()
+        heads, head_options = _default_heads(name, cls, config, options)
     allowed = _parameters(cls)
-    backbone = {key: value for key, value in arguments.items() if allowed is None or key in allowed}
-    for key in arguments:
-        if key not in backbone and key not in used_by_heads | set(_GRAPH):
-            options = {*(allowed or ()), *_GRAPH, "name", "heads"}
-            for head in _HEADS.values():
-                options |= _parameters(head) or set()
-            raise ValueError(f"model.{key}: unknown key{nearest(key, sorted(options - {'backbone', 'reduce'}))}")
+    backbone = {key: value for key, value in options.items() if allowed is None or key in allowed}
+    known = {*(options if allowed is None else allowed), *_GRAPH, *head_options}
+    for key in options:
+        if key not in known:
+            raise ValueError(f"model.{key}: unknown key{nearest(key, sorted({*known, 'name', 'heads'}))}")
     try:
         model = FrameAveragedModel(
-            backbone={"model": config.model["name"], **backbone},
+            backbone={"model": name, **backbone},
             heads=heads,
             frames=frame_settings(config, config.frames.evaluation_method),
             **graph,
         )
     except (TypeError, ValueError) as error:
         raise ValueError(f"model: {error}") from error
+    accelerate(model)
     return model.double() if config.job.precision == "float64" else model
 
 
-def _faenet_head(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """A head of FAENet with the options of the `model:` section that it knows."""
-    cls = _HEADS[name]
-    options = {key: arguments[key] for key in (_parameters(cls) or set()) & set(arguments)}
-    return {"module": f"{cls.__module__}.{cls.__qualname__}", **options}
+def _default_heads(
+    name: str, cls: type, config: Config, options: Mapping[str, Any]
+) -> tuple[dict[str, dict[str, Any]], set[str]]:
+    """A backbone's heads for the configured targets with those of the options that they know; all that they know."""
+    if not hasattr(cls, "default_heads"):
+        raise ValueError(f"model.heads: missing; {name} has no default heads, name one for each of {config.properties}")
+    heads: dict[str, dict[str, Any]] = cls.default_heads(config.targets)
+    known: set[str] = set()
+    for head in heads.values():
+        own = (_parameters(registry.get_model_class(head["module"])) or set()) - {"backbone", *head}
+        head.update({key: options[key] for key in own & set(options)})
+        known |= own
+    return heads, known
 
 
 def _parameters(cls: type) -> set[str] | None:

@@ -3,9 +3,9 @@
 Equations (1) to (5) of the FAENet paper, batched over systems, in row-vector convention:
 ``X' = (X - t) @ U``, ``cell' = cell @ U`` and back ``F = F' @ U^T``.
 
-Shapes: pos (N, 3) Angstrom; batch (N,) index of the system of every atom, in any order; B systems;
-K frames per system; V views (a view is one system in one frame); d = ``dim``, the number of
-principal axes; ``rot`` (..., 3, 3) holds U, its axes as columns, by decreasing variance.
+Shapes: pos (N, 3) Angstrom; batch (N,) index of the system of every atom, in any order; B systems; K frames per system;
+V views (a view is one system in one frame); d = ``dim``, the number of principal axes; ``rot`` (..., 3, 3) holds U, its
+axes as columns, by decreasing variance.
 
 ``dim=3``: principal axes of all coordinates, t is the centroid.
 ``dim=2``: principal axes of x and y, t = (mean x, mean y, 0). z is kept exactly as it is, it is
@@ -22,30 +22,27 @@ Methods
 In the SE groups det(U) = +1 for every frame, also when the eigenvectors come out left-handed.
 
 Canonical signs
-    With projections p_i of the atoms on an axis, three numbers change sign with that axis and with
-    nothing else: the third moment, the Z-weighted third moment and the Z-weighted first moment,
-    each divided by the same sum of absolute terms, so in [-1, 1]. The axis is turned so that the
-    one of largest magnitude is positive. It stays undecided, and both signs are kept with equal
-    weight, when all three are below ``tolerance``, when two of opposite sign tie (to within
-    ``TIE * tolerance``, where rounding could pick the winner), or when the system has no extent
-    along it (below ``tolerance`` times the largest one; nothing but rounding is left there).
-    In SE groups one sign follows from det(U) = +1: the first d - 1 decided axes are fixed, in
-    order of decreasing variance, and every right-handed frame that agrees with them is kept.
-    Decisions are made from quantities that the group leaves unchanged, so the weighted set of
+    With projections p_i of the atoms on an axis, three numbers change sign with that axis and with nothing else: the
+    third moment, the Z-weighted third moment and the Z-weighted first moment, each divided by the same sum of absolute
+    terms, so in [-1, 1]. The axis is turned so that the one of largest magnitude is positive. It stays undecided, and
+    both signs are kept with equal weight, when all three are below ``tolerance``, when two of opposite sign tie (to
+    within ``TIE * tolerance``, where rounding could pick the winner), or when the system has no extent along it (below
+    ``tolerance`` times the largest one; nothing but rounding is left there). In SE groups one sign follows from det(U)
+    = +1: the first d - 1 decided axes are fixed, in order of decreasing variance, and every right-handed frame that
+    agrees with them is kept. Decisions are made from quantities that the group leaves unchanged, so the weighted set of
     frames moves with the system and the average over it is exactly equivariant.
 
 Degenerate spectra (two equal variances, up to symmetric tops and perfect cubes)
-    Frames are always finite and orthonormal, and the same input gives the same frames. Within a
-    degenerate eigenspace the basis is whatever the eigensolver returns: it does not move with the
-    system, so no method is equivariant there. The exception is an eigenspace in which the system
-    has no extent (linear molecules, one atom, all atoms at one point): every basis projects it on
-    the same coordinates, and ``full`` and ``canonical`` stay equivariant because they contain both
-    signs of such an axis. A coplanar system with distinct in-plane variances is not degenerate.
+    Frames are always finite and orthonormal, and the same input gives the same frames. Within a degenerate eigenspace
+    the basis is whatever the eigensolver returns: it does not move with the system, so no method is equivariant there.
+    The exception is an eigenspace in which the system has no extent (linear molecules, one atom, all atoms at one
+    point): every basis projects it on the same coordinates, and ``full`` and ``canonical`` stay equivariant because
+    they contain both signs of such an axis. A coplanar system with distinct in-plane variances is not degenerate.
     ``frame_report`` names the systems concerned.
 
-Frames are computed in float64 whatever the precision of ``pos`` and returned in that of ``pos``.
-They are differentiable (signs are constants) except where the spectrum is degenerate: gradients
-there are infinite or nan. Pass ``pos.detach()`` to hold the frames constant.
+Frames are computed in float64 whatever the precision of ``pos`` and returned in that of ``pos``. They are
+differentiable (signs are constants) except where the spectrum is degenerate: gradients there are infinite or nan. Pass
+``pos.detach()`` to hold the frames constant.
 """
 
 from collections.abc import Callable, Sequence
@@ -100,8 +97,7 @@ class FrameReport(NamedTuple):
 
     Attributes:
         ambiguous: axes, by decreasing variance, whose canonical sign is undecided, (B, d) bool.
-        degenerate: two axes along which the system extends have equal variances, so equivariance
-            is lost with every method, (B,) bool.
+        degenerate: two axes along which it extends have equal variances: no method is equivariant, (B,) bool.
         num_frames: frames that ``canonical`` averages, (B,) int64.
     """
 
@@ -140,8 +136,7 @@ def compute_frames(
     """Compute the frames of every system of a batch, eqs. (2) and (5).
 
     Args:
-        pos: positions in Angstrom, (N, 3). Frames follow the positions as given, so wrapping
-            atoms into another periodic image changes them.
+        pos: positions in Angstrom, (N, 3), as given: wrapping atoms into another image changes their frames.
         batch: index of the system of every atom, (N,) int64.
         num_systems: B.
         method: one of ``METHODS``, described at the head of this module.
@@ -156,8 +151,7 @@ def compute_frames(
         K = 1 otherwise; of the dtype and device of ``pos``.
 
     Raises:
-        ValueError: unknown option, wrong shape, positions that are not finite, or no
-            ``atomic_numbers`` for ``canonical``.
+        ValueError: unknown option, wrong shape, positions that are not finite, or no ``atomic_numbers`` (canonical).
     """
     _check_choice("method", method, METHODS)
     _check_inputs(pos, batch, num_systems, dim, group)
@@ -193,15 +187,11 @@ def frame_report(
     atomic_numbers: Tensor,
     tolerance: float = 1e-3,
 ) -> FrameReport:
-    """Say which systems have undecided canonical axes or a degenerate spectrum.
+    """Say which systems have undecided canonical axes or a degenerate spectrum; raises as ``compute_frames``.
 
     Args:
         pos, batch, num_systems, dim, group, atomic_numbers: as in ``compute_frames``.
-        tolerance: as in ``compute_frames``; two variances whose relative difference is below it
-            count as equal.
-
-    Raises:
-        ValueError: as ``compute_frames``.
+        tolerance: as in ``compute_frames``; variances whose relative difference is below it count as equal.
     """
     _check_inputs(pos, batch, num_systems, dim, group)
     principal = _principal_axes(pos.detach(), batch, num_systems, dim, group)
@@ -229,8 +219,7 @@ def random_rotations(
         dim: 3 for any rotation, 2 for rotations about z.
         reflect: also draw reflections: half of the matrices then have determinant -1.
         generator: source of randomness, or one for each system; torch's own if None.
-        dtype: of the result.
-        device: of the result.
+        dtype, device: of the result.
 
     Returns:
         K = 1 frame per system, uniform (Haar measure) on SO(dim), or on O(dim) with ``reflect``.

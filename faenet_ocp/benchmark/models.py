@@ -17,7 +17,9 @@ from torch_geometric.nn.models import SchNet
 
 from faenet_ocp.benchmark.published import build_published
 from faenet_ocp.graph.neighbors import edge_vectors
-from faenet_ocp.models.fairchem import FrameAveragedModel
+from faenet_ocp.kernels import accelerate
+from faenet_ocp.models import fairchem as faenet_models  # noqa: F401  # registers FAENet and its heads
+from faenet_ocp.models.frame_averaging import FrameAveragedModel
 from faenet_ocp.models.reference_weights import load_reference_state_dict
 
 Outputs = dict[str, Tensor]
@@ -116,6 +118,7 @@ def faenet(
         heads["forces"] = {"module": "faenet_force_head", "force_hidden_channels": _FORCE_CHANNELS}
     backbone = {"model": "faenet", **options, "complex_mp": True, "cutoff": CUTOFF, "graph_norm": graph_norm}
     model = FrameAveragedModel(backbone=backbone, heads=heads, frames=frames)
+    accelerate(model)
 
     def predict(batch: AtomicData) -> Outputs:
         return {key: value[key] for key, value in model(batch).items()}

@@ -33,7 +33,8 @@ from faenet_ocp.data.oc20 import DTYPES, NUM_ELEMENTS
 from faenet_ocp.data.transforms import Compose
 from faenet_ocp.frames import METHODS, compute_frames
 from faenet_ocp.graph.neighbors import build_graph
-from faenet_ocp.models.embedding import NUM_TAGS, AtomEmbedding
+from faenet_ocp.models.base import NUM_TAGS
+from faenet_ocp.models.embedding import AtomEmbedding
 from faenet_ocp.tasks.references import CompositionFit
 from faenet_ocp.tasks.tasks import conservative_outputs, load_tasks_state, make_tasks, tasks_to_device, to_physical
 

@@ -1,4 +1,4 @@
-"""What `edge_sums` does to every edge besides the product of matrices, on a CPU: compiled by numba, one pass an edge.
+"""What `filtered_sum` does to an edge besides the product of matrices, on a CPU: compiled by numba, one pass an edge.
 
 As separate operations of torch, gathering, interpolating, silu, multiplying and summing write and read every block of
 edges about ten times, and take longer than the product, above all in bfloat16. Here the channels of an edge stay in the
@@ -27,10 +27,9 @@ from faenet_ocp.common.numba import compiled
 _CHANNELS_OF_A_THREAD = 32  # at least, and a multiple: two threads never write to the same 64 bytes
 
 
-def usable(*tensors: Tensor | None) -> bool:
+def usable(*tensors: Tensor) -> bool:
     """Whether the kernels take these: float32 or bfloat16 on a CPU."""
-    present = [tensor for tensor in tensors if tensor is not None]
-    known = all(t.device.type == "cpu" and t.dtype in (torch.float32, torch.bfloat16) for t in present)
+    known = all(t.device.type == "cpu" and t.dtype in (torch.float32, torch.bfloat16) for t in tensors)
     return known and not config.DISABLE_JIT  # type: ignore[attr-defined]
 
 
@@ -40,17 +39,19 @@ def arrays(*tensors: Tensor) -> list[NDArray[Any]]:
     return [(t.view(torch.int16) if t.dtype == torch.bfloat16 else t).numpy() for t in plain]
 
 
-def run(kernel: Callable[..., None], channels: int, *arguments: Any) -> None:
+def run(kernel: Callable[..., Any], channels: int, *arguments: Any) -> bool:
     """Calls `kernel(*arguments, first, last)` for all channels, shared by as many threads as torch uses.
 
     The result does not depend on the number of threads: every channel is one thread's, edges are in their order.
+
+    Returns:
+        whether any call returned true.
     """
     share = _CHANNELS_OF_A_THREAD * math.ceil(channels / torch.get_num_threads() / _CHANNELS_OF_A_THREAD)
     first, *others = [(start, min(start + share, channels)) for start in range(0, channels, share)]
     waiting = [_pool(os.getpid(), len(others)).submit(kernel, *arguments, *part) for part in others]
-    kernel(*arguments, *first)
-    for future in waiting:
-        future.result()
+    results = [kernel(*arguments, *first), *(future.result() for future in waiting)]
+    return any(results)
 
 
 @lru_cache(maxsize=1)
@@ -124,51 +125,53 @@ def _sigmoid(x: Any) -> Any:
 
 
 @compiled()
-def add_messages(
-    m, kept, common, knots, nodes, values, source, target, shared, near, share, begin, start, stop, first, last
-):
+def add_messages(m, kept, linear, knots, nodes, values, source, target, near, share, start, stop, first, last):
     """m_i += silu(W e + a_j + b_i + t) * v_j for the edges from `start` to `stop`, channels from `first` to `last`.
 
     Args:
         m: (N, M) float32, added to.
         kept: (E, M), or (0, M): filters before silu, written.
-        common: (rows, M), W e of the rows of e from `begin` on.
+        linear: (stop - start, M), W e of these edges.
         knots: (K, M), t at the knots.
         nodes: (N, 2 M), a and b.
         values: (N, M) float32, v.
         source, target: (E,).
-        shared: (S,) rows of e of the last S edges; the others have their own.
-        near, share: first of the four knots of each row of e, (rows of e,), and their weights, (rows of e, 4); or none.
-        begin, start, stop, first, last: see above.
+        near, share: first of the four knots of each edge, (E,), and their weights, (E, 4); or none.
+        start, stop, first, last: see above.
+
+    Returns:
+        whether it ended at an edge of an atom that is not there: it would read, and write, whatever is there instead.
     """
-    own, channels, width = len(source) - len(shared), values.shape[1], last - first
-    linear = np.empty(width, np.float32)
+    atoms, channels, width = values.shape[0], values.shape[1], last - first
+    row = np.empty(width, np.float32)
     for edge in range(start, stop):
-        row = edge if edge < own else shared[edge - own]
         j, i = source[edge], target[edge]
-        w_e = common[row - begin, first:last]
+        if j < 0 or i < 0 or j >= atoms or i >= atoms:
+            return True
+        w_e = linear[edge - start, first:last]
         a, b = nodes[j, first:last], nodes[i, channels + first : channels + last]
         for c in range(width):  # several loops: with many rows in one, the compiler would not work on vectors
-            linear[c] = _wide(w_e[c]) + (_wide(a[c]) + _wide(b[c]))
+            row[c] = _wide(w_e[c]) + (_wide(a[c]) + _wide(b[c]))
         if len(near) > 0:
-            k = min(max(near[row], 0), len(knots) - 4)  # outside them only if positions are not finite, and weights NaN
+            k = min(max(near[edge], 0), len(knots) - 4)  # outside only if positions are not finite, and weights NaN
             t0, t1, t2, t3 = knots[k], knots[k + 1], knots[k + 2], knots[k + 3]
             t0, t1, t2, t3 = t0[first:last], t1[first:last], t2[first:last], t3[first:last]
-            s0, s1, s2, s3 = share[row, 0], share[row, 1], share[row, 2], share[row, 3]
+            s0, s1, s2, s3 = share[edge, 0], share[edge, 1], share[edge, 2], share[edge, 3]
             for c in range(width):
-                linear[c] += (s0 * _wide(t0[c]) + s1 * _wide(t1[c])) + (s2 * _wide(t2[c]) + s3 * _wide(t3[c]))
+                row[c] += (s0 * _wide(t0[c]) + s1 * _wide(t1[c])) + (s2 * _wide(t2[c]) + s3 * _wide(t3[c]))
         if len(kept) > 0:
             keep = kept[edge, first:last]
             for c in range(width):
-                _store(keep, c, linear[c])
+                _store(keep, c, row[c])
         v, total = values[j, first:last], m[i, first:last]
         for c in range(width):
-            total[c] += linear[c] * _sigmoid(linear[c]) * v[c]
+            total[c] += row[c] * _sigmoid(row[c]) * v[c]
+    return False
 
 
 @compiled()
 def add_gradients(
-    grad_common,
+    grad_linear,
     grad_nodes,
     grad_values,
     grad_knots,
@@ -177,10 +180,8 @@ def add_gradients(
     values,
     source,
     target,
-    shared,
     near,
     share,
-    begin,
     start,
     stop,
     first,
@@ -189,18 +190,17 @@ def add_gradients(
     """Gradients of `add_messages` for the same edges and channels, from the filters that it has kept.
 
     Args:
-        grad_common: (rows, M) float32, by `common`; added to.
+        grad_linear: (stop - start, M) float32, by `linear`; written.
         grad_nodes: (N, 2 M) float32, added to.
         grad_values: (N, M) float32, added to.
         grad_knots: (K, M) float32, added to.
         kept: (E, M).
         grad_m: (N, M) float32.
-        values, source, target, shared, near, share, begin, start, stop, first, last: as for `add_messages`.
+        values, source, target, near, share, start, stop, first, last: as for `add_messages`.
     """
-    own, channels, width = len(source) - len(shared), values.shape[1], last - first
-    grad = np.empty(width, np.float32)
+    channels, width = values.shape[1], last - first
+    grad = np.empty(width, np.float32)  # that nothing else points to it lets the compiler work on vectors
     for edge in range(start, stop):
-        row = edge if edge < own else shared[edge - own]
         j, i = source[edge], target[edge]
         linear, of_m = kept[edge, first:last], grad_m[i, first:last]
         v, of_v = values[j, first:last], grad_values[j, first:last]
@@ -210,15 +210,15 @@ def add_gradients(
             of_v[c] += of_m[c] * (x * sigmoid)
             grad[c] = of_m[c] * v[c] * (sigmoid * (_ONE + x * (_ONE - sigmoid)))
         a, b = grad_nodes[j, first:last], grad_nodes[i, channels + first : channels + last]
-        of_e = grad_common[row - begin, first:last]
+        of_linear = grad_linear[edge - start, first:last]
         for c in range(width):
             a[c] += grad[c]
         for c in range(width):
             b[c] += grad[c]
-            of_e[c] += grad[c]
+            of_linear[c] = grad[c]
         if len(near) > 0:
-            k = min(max(near[row], 0), len(grad_knots) - 4)
+            k = min(max(near[edge], 0), len(grad_knots) - 4)
             for knot in range(4):
-                part, t = share[row, knot], grad_knots[k + knot, first:last]
+                part, t = share[edge, knot], grad_knots[k + knot, first:last]
                 for c in range(width):
                     t[c] += part * grad[c]

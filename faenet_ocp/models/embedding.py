@@ -8,38 +8,27 @@ import math
 import torch
 from torch import Tensor, nn
 
+from faenet_ocp.common.checks import ACTIVATIONS
 from faenet_ocp.common.elements import (
     MAX_ATOMIC_NUMBER,
     NUM_GROUPS,
     NUM_PERIODS,
     PROPERTIES,
-    describe,
     element_table,
     standardised_properties,
 )
-from faenet_ocp.kernels.cpu_edges import Activation, Knots, Remembered, cubic_interpolation
+from faenet_ocp.models.base import NUM_TAGS, check_elements
 from faenet_ocp.models.message_passing import dense
+from faenet_ocp.models.options import FAENetOptions
 
-EDGE_EMBED_TYPES = ("all_rij", "rij", "sh", "all")
-KNOTS_PER_GAUSSIAN = 24
-"""The interpolation is then as exact as float32: the error is below 3e-7 of the function's size, for smooth weights."""
-NUM_TAGS = 3
 NUM_HARMONICS = 15
 
 
 class AtomEmbedding(nn.Module):
     """h_i = act(MLP([Emb(Z) | Emb(tag) | properties | Emb(period) | Emb(group)])).
 
-    All parts together have C channels; the embedding of Z has what the others leave.
-
-    Args:
-        hidden_channels: C.
-        tag_hidden_channels: channels of the tag (OC20: 0 sub-surface, 1 surface, 2 adsorbate).
-        pg_hidden_channels: channels of the period, and as many of the group.
-        phys_embeds: whether to use the 14 physical properties of `elements.PROPERTIES`.
-        phys_hidden_channels: channels of a learnt linear layer on them; 0 takes them as they are.
-        second_layer: whether the MLP has two layers.
-        act: activation function.
+    All parts together have C channels; the embedding of Z has what the others leave. The 14 physical properties of
+    `elements.PROPERTIES` enter as they are, or through a linear layer to `phys_hidden_channels`.
 
     Raises:
         ValueError: the parts leave no channel for the embedding of Z.
@@ -50,47 +39,42 @@ class AtomEmbedding(nn.Module):
     group: Tensor
     properties: Tensor
 
-    def __init__(
-        self,
-        *,
-        hidden_channels: int,
-        tag_hidden_channels: int,
-        pg_hidden_channels: int,
-        phys_embeds: bool,
-        phys_hidden_channels: int,
-        second_layer: bool,
-        act: Activation,
-    ) -> None:
+    def __init__(self, options: FAENetOptions) -> None:
         super().__init__()
-        self.act = act
-        phys_channels = (phys_hidden_channels or len(PROPERTIES)) if phys_embeds else 0
-        others = tag_hidden_channels + phys_channels + 2 * pg_hidden_channels
-        if hidden_channels <= others:
+        self.act = ACTIVATIONS[options.act]
+        channels, tag, pg = options.hidden_channels, options.tag_hidden_channels, options.pg_hidden_channels
+        physical = (options.phys_hidden_channels or len(PROPERTIES)) if options.phys_embeds else 0
+        others = tag + physical + 2 * pg
+        if channels <= others:
             raise ValueError(
-                f"hidden_channels: {hidden_channels} leaves no channel for the atomic number: tag "
-                f"{tag_hidden_channels}, physical properties {phys_channels}, period and group "
-                f"2 x {pg_hidden_channels} take {others}"
+                f"hidden_channels: {channels} leaves no channel for the atomic number: tag {tag}, physical properties "
+                f"{physical}, period and group 2 x {pg} take {others}"
             )
         num_elements = MAX_ATOMIC_NUMBER + 1
-        known = torch.arange(num_elements) > 0
-        self.register_buffer("known_elements", known)
-        self.element = nn.Embedding(num_elements, hidden_channels - others)
-        self.tag = nn.Embedding(NUM_TAGS, tag_hidden_channels) if tag_hidden_channels else None
-        self.has_properties = phys_embeds
-        if phys_embeds:
+        self.register_buffer("known_elements", torch.arange(num_elements) > 0)
+        self.element = nn.Embedding(num_elements, channels - others)
+        self.tag = nn.Embedding(NUM_TAGS, tag) if tag else None
+        self.has_properties = options.phys_embeds
+        if self.has_properties:
             self.register_buffer("properties", standardised_properties())
-        self.lin_properties = dense(len(PROPERTIES), phys_channels) if phys_embeds and phys_hidden_channels else None
-        self.has_period_group = pg_hidden_channels > 0
+        learnt = self.has_properties and options.phys_hidden_channels > 0
+        self.lin_properties = dense(len(PROPERTIES), physical) if learnt else None
+        self.has_period_group = pg > 0
         if self.has_period_group:
             self.register_buffer("period", element_table().period.clone())
             self.register_buffer("group", element_table().group.clone())
-            self.period_embedding = nn.Embedding(NUM_PERIODS + 1, pg_hidden_channels)
-            self.group_embedding = nn.Embedding(NUM_GROUPS + 1, pg_hidden_channels)
-        self.lin = dense(hidden_channels, hidden_channels)
-        self.lin_2 = dense(hidden_channels, hidden_channels) if second_layer else None
+            self.period_embedding = nn.Embedding(NUM_PERIODS + 1, pg)
+            self.group_embedding = nn.Embedding(NUM_GROUPS + 1, pg)
+        self.lin = dense(channels, channels)
+        self.lin_2 = dense(channels, channels) if options.second_layer_MLP else None
 
     def forward(self, atomic_numbers: Tensor, tags: Tensor | None) -> Tensor:
-        """(N,) and (N,) -> (N, C)."""
+        """(N,) and (N,) -> (N, C).
+
+        Raises:
+            ValueError: an element that the model does not know, or tags are needed and missing.
+        """
+        check_elements(atomic_numbers, self.known_elements)
         parts = [self.element(atomic_numbers)]
         if self.tag is not None:
             if tags is None:
@@ -104,26 +88,6 @@ class AtomEmbedding(nn.Module):
             parts.append(self.group_embedding(self.group[atomic_numbers]))
         h = self.act(self.lin(torch.cat(parts, dim=1)))
         return h if self.lin_2 is None else self.act(self.lin_2(h))
-
-    def check_elements(self, atomic_numbers: Tensor) -> None:
-        """Refuse atomic numbers that have no row, or whose row was never trained.
-
-        On the CPU this raises at once. Elsewhere looking at the values would make the host wait
-        for the device in every step, so the device checks by itself: the error comes later and
-        names no element. Check there where the data still is on the CPU to have it named.
-
-        Raises:
-            ValueError: naming the elements (on the CPU).
-        """
-        if atomic_numbers.device.type != "cpu" or torch.compiler.is_compiling():
-            known = self.known_elements[atomic_numbers].all()
-            torch._assert_async(known, "atomic_numbers: an element that the model does not know")
-            return
-        in_table = (atomic_numbers > 0) & (atomic_numbers <= MAX_ATOMIC_NUMBER)
-        known = in_table & self.known_elements.cpu()[atomic_numbers.where(in_table, 0)]
-        if not known.all():
-            names = [describe(z) for z in atomic_numbers[~known].unique().tolist()]
-            raise ValueError(f"atomic_numbers: the model has no trained embedding for {', '.join(names)}")
 
 
 class GaussianSmearing(nn.Module):
@@ -139,19 +103,8 @@ class GaussianSmearing(nn.Module):
     def __init__(self, *, cutoff: float, num_gaussians: int) -> None:
         super().__init__()
         self.register_buffer("offset", torch.linspace(0.0, cutoff, num_gaussians))
+        self.cutoff = cutoff
         self.coefficient = -0.5 * ((num_gaussians - 1) / cutoff) ** 2
-        self.spacing = cutoff / (num_gaussians - 1) / KNOTS_PER_GAUSSIAN
-        # Eight widths beyond the last centre, all Gaussians are below 1e-13, and a knot more on either side.
-        self.num_knots = (num_gaussians - 1 + 8) * KNOTS_PER_GAUSSIAN + 4
-
-    def knots(self) -> Tensor:
-        """Distances to interpolate between, (K,): from one step below 0 to where all Gaussians have vanished."""
-        steps = torch.arange(-1, self.num_knots - 1, device=self.offset.device)
-        return steps.to(self.offset.dtype) * self.spacing
-
-    def place(self, distance: Tensor) -> Tensor:
-        """Distances in steps between knots, (E,), no farther than the knots reach."""
-        return (distance / self.spacing).clamp(max=self.num_knots - 4)
 
     def forward(self, distance: Tensor) -> Tensor:
         """(E,) -> (E, num_gaussians)."""
@@ -203,70 +156,23 @@ class EdgeEmbedding(nn.Module):
         all       r_ij, spherical harmonics and RBF(d_ij)
 
     As in the authors' code, the harmonics are those of (r_ij / d_ij + 1) / 2.
-
-    Args:
-        edge_embed_type: see above.
-        num_filters: F.
-        num_gaussians: Gaussians of the RBF.
-        cutoff: end of the RBF, Angstrom.
-        second_layer: whether the MLP has two layers.
-        act: activation function.
     """
 
-    def __init__(
-        self,
-        *,
-        edge_embed_type: str,
-        num_filters: int,
-        num_gaussians: int,
-        cutoff: float,
-        second_layer: bool,
-        act: Activation,
-    ) -> None:
+    def __init__(self, options: FAENetOptions) -> None:
         super().__init__()
-        self.act = act
-        self.edge_embed_type = edge_embed_type
-        self.smearing = GaussianSmearing(cutoff=cutoff, num_gaussians=num_gaussians)
-        num_features = {
-            "all_rij": 3,
-            "rij": 3,
-            "sh": NUM_HARMONICS,
-            "all": 3 + NUM_HARMONICS + num_gaussians,
-        }[edge_embed_type]
-        half = num_filters // 2 if edge_embed_type == "all_rij" else 0
-        self.lin = dense(num_features, half or num_filters)
-        self.lin_rbf = dense(num_gaussians, num_filters - half) if half else None
-        self.lin_2 = dense(num_filters, num_filters) if second_layer else None
-        self.at_knots = Remembered()
+        self.act = ACTIVATIONS[options.act]
+        self.edge_embed_type, filters, gaussians = options.edge_embed_type, options.num_filters, options.num_gaussians
+        self.smearing = GaussianSmearing(cutoff=options.cutoff, num_gaussians=gaussians)
+        features = {"all_rij": 3, "rij": 3, "sh": NUM_HARMONICS, "all": 3 + NUM_HARMONICS + gaussians}
+        half = filters // 2 if self.edge_embed_type == "all_rij" else 0
+        self.lin = dense(features[self.edge_embed_type], half or filters)
+        self.lin_rbf = dense(gaussians, filters - half) if half else None
+        self.lin_2 = dense(filters, filters) if options.second_layer_MLP else None
 
     def forward(self, edge_vec: Tensor) -> Tensor:
         """(E, 3) -> (E, F)."""
         e = self.act(self._first_layer(edge_vec))
         return e if self.lin_2 is None else self.act(self.lin_2(e))
-
-    def tabulates(self, edge_vec: Tensor) -> bool:
-        """Whether `with_knots` may be taken instead of `forward`, and is faster.
-
-        It is where arithmetic is what costs, on a CPU, if there are more edges than knots, or the same knots serve many
-        batches. In float64, and for derivatives by the positions, it would not be exact enough.
-        """
-        usable = self.lin_rbf is not None and self.lin_2 is None and not edge_vec.requires_grad
-        many = len(edge_vec) > 2 * self.smearing.num_knots or not torch.is_grad_enabled()
-        fast = edge_vec.device.type == "cpu" and many
-        return usable and fast and edge_vec.dtype != torch.float64 and not torch.compiler.is_compiling()
-
-    def with_knots(self, edge_vec: Tensor) -> tuple[Tensor, Knots]:
-        """The first channels of e_ij, those of r_ij, (E, F // 2), and the others as a function of the distance.
-
-        Raises:
-            ValueError: the embedding is not `all_rij` in one layer.
-        """
-        if self.lin_rbf is None or self.lin_2 is not None:
-            raise ValueError("no channels of the edge embedding depend on the distance alone")
-        place = self.smearing.place(torch.linalg.vector_norm(edge_vec, dim=1))
-        lin_rbf, smearing = self.lin_rbf, self.smearing
-        values = self.at_knots(lambda: self.act(lin_rbf(smearing(smearing.knots()))), lin_rbf.weight, lin_rbf.bias)
-        return self.act(self.lin(edge_vec)), Knots(values, *cubic_interpolation(place))
 
     def _first_layer(self, edge_vec: Tensor) -> Tensor:
         if self.edge_embed_type == "rij":

@@ -1,87 +1,120 @@
-"""Forces from node embeddings (FAENet, section 4, output block; Table 7).
+"""Output blocks of FAENet (section 4, figure 1; Table 7): energies of systems, forces on atoms.
 
-The head sees the system in its frame, and its forces are in that frame: F = F' U^T turns them back.
+Heads see the system in its frame, and forces are in that frame: F = F' U^T turns them back. Fairchem calls them
+outside autocast: they are cheap, and sums.
+
+Shapes: N atoms, B systems; C hidden_channels, H force_hidden_channels.
 """
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from faenet_ocp.common.checks import activation, choice, switched_off, whole_number
+from faenet_ocp.common.checks import ACTIVATIONS
+from faenet_ocp.models.base import NodeFeatures
 from faenet_ocp.models.norms import RankBatchNorm
+from faenet_ocp.models.options import EnergyHeadOptions, ForceHeadOptions
+from faenet_ocp.models.sums import segment_sum
 
-FORCE_DECODERS = ("mlp", "simple", "res", "res_updown")
-FORCE_NORMS = ("batch1d", "layer", "none")
+
+class EnergyHead(nn.Module):
+    """A scalar of every system, as the energy: the sum over its atoms of weight times atom energy.
+
+        E = sum_i alpha_i W2 act(W1 h_i)
+
+    Keyword arguments are those of `options.EnergyHeadOptions`.
+
+    Raises:
+        ValueError: an option has a value that it cannot have.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.options = given = EnergyHeadOptions(**options)
+        self.act = ACTIVATIONS[given.act]
+        self.lin_1 = nn.Linear(given.hidden_channels, given.hidden_channels // 2)
+        self.lin_2 = nn.Linear(given.hidden_channels // 2, 1)
+        self.lin_weight = None if given.energy_head == "sum" else nn.Linear(given.hidden_channels, 1)
+        self.lin_skip = nn.Linear(given.num_interactions + 1, 1) if given.skip_co == "concat" else None
+
+    def forward(self, features: NodeFeatures, batch: Tensor, num_systems: int) -> Tensor:
+        """Energies (B,).
+
+        Args:
+            features: of `FAENet`.
+            batch: system of every atom, (N,).
+            num_systems: B.
+        """
+        jumping = self.options.skip_co in ("concat", "add")
+        states = features.hidden_states if jumping else (features.node_embedding,)
+        atom_energies = [self._atom_energy(h, features.hidden_states[0]) for h in states]  # each (N, 1)
+        energies = segment_sum(torch.cat(atom_energies, dim=1), batch, num_systems)  # (B, number of states)
+        if self.lin_skip is not None:
+            return self.lin_skip(energies).squeeze(1)
+        return energies.sum(dim=1)
+
+    def _atom_energy(self, h: Tensor, initial: Tensor) -> Tensor:
+        """Weighted atom energies, (N, 1)."""
+        energy = self.lin_2(self.act(self.lin_1(h)))
+        if self.lin_weight is None:
+            return energy
+        return energy * self.lin_weight(initial if self.options.energy_head == "weighted-av-initial-embeds" else h)
 
 
 class ForceHead(nn.Module):
-    """A force vector for every atom from its embedding alone.
+    """A vector for every atom, as the force on it, from its embedding alone.
 
-    With dense(a, b) = act(norm(linear from a to b channels)), C hidden_channels and H
-    force_hidden_channels:
+    With dense(a, b) = act(norm(linear from a to b channels)):
 
         simple       F = W act(linear(C, H)), without norm
         mlp          F = W dense(C, H)
         res          F = W dense(C, H) of h + dense(C, C) dense(C, C) h
         res_updown   F = W dense(C, H) of h + dense(H, C) dense(H, H) dense(C, H) h
 
-    Args:
-        hidden_channels: C, as in `FAENet`.
-        force_decoder_type: one of the above.
-        force_hidden_channels: H.
-        force_norm: "batch1d" (BatchNorm over the atoms of all ranks, the authors' choice: running
-            statistics when evaluating, so that predictions do not depend on the batch), "layer",
-            or "none" (or null).
-        act: activation function.
+    Keyword arguments are those of `options.ForceHeadOptions`.
 
     Raises:
         ValueError: an option has a value that it cannot have.
     """
 
-    def __init__(
-        self,
-        *,
-        hidden_channels: int = 256,
-        force_decoder_type: str = "mlp",
-        force_hidden_channels: int = 256,
-        force_norm: str | None = "batch1d",
-        act: str = "swish",
-    ) -> None:
+    def __init__(self, **options: Any) -> None:
         super().__init__()
-        kind = choice("force_decoder_type", force_decoder_type, FORCE_DECODERS)
-        norm = "none" if switched_off(force_norm) else choice("force_norm", force_norm, FORCE_NORMS)
-        channels = whole_number("hidden_channels", hidden_channels, minimum=1)
-        inner = whole_number("force_hidden_channels", force_hidden_channels, minimum=1)
+        self.options = given = ForceHeadOptions(**options)
+        kind, channels, inner = given.force_decoder_type, given.hidden_channels, given.force_hidden_channels
         sizes = {"res": (channels,) * 3, "res_updown": (channels, inner, inner, channels)}
-        self.residual = _mlp(sizes[kind], norm, act) if kind in sizes else None
-        self.hidden = _mlp((channels, inner), "none" if kind == "simple" else norm, act)
+        self.residual = _mlp(sizes[kind], given) if kind in sizes else None
+        self.hidden = _mlp((channels, inner), given)
         self.out = nn.Linear(inner, 3)
 
     def forward(self, node_embedding: Tensor) -> Tensor:
-        """(N, C) -> forces in the frame, (N, 3). In full precision also under autocast."""
+        """(N, C) -> forces in the frame, (N, 3)."""
         h = node_embedding
-        with torch.autocast(h.device.type, enabled=False):
-            if self.residual is not None:
-                h = h + self.residual(h)
-            return self.out(self.hidden(h))
+        if self.residual is not None:
+            h = h + self.residual(h)
+        return self.out(self.hidden(h))
 
 
 class _Activation(nn.Module):
     def __init__(self, name: str) -> None:
         super().__init__()
-        self.act = activation("act", name)
+        self.act = ACTIVATIONS[name]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.act(x)
 
 
-def _mlp(sizes: tuple[int, ...], norm: str, act: str) -> nn.Sequential:
+def _mlp(sizes: tuple[int, ...], options: ForceHeadOptions) -> nn.Sequential:
     """Linear layers between these numbers of channels, each with its norm and activation."""
+    norm = None if options.force_decoder_type == "simple" else _NORMS[str(options.force_norm)]
     layers: list[nn.Module] = []
     for in_channels, out_channels in pairwise(sizes):
         layers.append(nn.Linear(in_channels, out_channels))
-        if norm != "none":
-            layers.append((RankBatchNorm if norm == "batch1d" else nn.LayerNorm)(out_channels))
-        layers.append(_Activation(act))
+        if norm is not None:
+            layers.append(norm(out_channels))
+        layers.append(_Activation(options.act))
     return nn.Sequential(*layers)
+
+
+_NORMS: dict[str, type[nn.Module] | None] = {"batch1d": RankBatchNorm, "layer": nn.LayerNorm, "none": None}

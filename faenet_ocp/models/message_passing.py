@@ -17,22 +17,25 @@ With the edge embedding e_ij, the node embeddings h and a filter f_ij per edge (
 
 `basic` is called `simple` in the package faenet 0.1.3, and `sfarinet` in the authors' fork of OCP.
 
-Shapes: N atoms, E edges j -> i, B systems; C hidden_channels, F num_filters; M the channels of a
-message: F for the updown types, else C.
+Shapes: N atoms, E edges j -> i, B systems; C hidden_channels, F num_filters; M the channels of a message: F for the
+updown types, else C. Under autocast, where linear layers give less, embeddings, values and sums over atoms keep the
+precision of the positions: hence `.to(h.dtype)`.
 """
 
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch_geometric.utils import softmax
 
-from faenet_ocp.kernels.cpu_edges import Activation, Knots, Remembered, filtered_sum, segment_sum
+from faenet_ocp.common.checks import ACTIVATIONS
 from faenet_ocp.models.norms import RankGraphNorm
+from faenet_ocp.models.options import FAENetOptions
+from faenet_ocp.models.sums import segment_sum
 
 
 class Graph(NamedTuple):
@@ -42,62 +45,21 @@ class Graph(NamedTuple):
         source: j of every edge, (E,).
         target: i of every edge, (E,).
         edge_embedding: e_ij, (E, F).
-        local_env: sum of e_ij over j, (N, F), for `updown_local_env`; else None.
         norm_batch: system of every atom, (N,); None to normalise over all atoms of the batch.
         num_systems: B.
-        knots: the last channels of e_ij, as a function of the distance; `edge_embedding` has only the others then.
-        shared: the last S edges have no edge embedding of their own, but that of these rows, (S,); see `filtered_sum`.
     """
 
     source: Tensor
     target: Tensor
     edge_embedding: Tensor
-    local_env: Tensor | None
     norm_batch: Tensor | None
     num_systems: int
-    knots: Knots | None = None
-    shared: Tensor | None = None
-
-
-class BlockOptions(NamedTuple):
-    """Sizes and switches of an interaction block, named as in `FAENet`."""
-
-    hidden_channels: int
-    num_filters: int
-    act: Activation
-    complex_mp: bool
-    graph_norm: bool
-    att_heads: int = 1
-
-
-class _MessageSum(torch.autograd.Function):
-    """m_i = sum over edges j -> i of f_ij * v_j, without keeping the messages.
-
-    Written as plain operations, autograd would keep the filters, the gathered values and the
-    messages, three (E, M) tensors per block; here the filters alone are kept and the rest is
-    gathered again. The backward pass is itself differentiable.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, filters: Tensor, values: Tensor, source: Tensor, target: Tensor) -> Tensor:
-        ctx.save_for_backward(filters, values, source, target)
-        return segment_sum(filters * values.index_select(0, source), target, values.shape[0])
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        filters, values, source, target = ctx.saved_tensors
-        grad = grad_outputs[0].index_select(0, target)
-        grad_filters = (grad * values.index_select(0, source)).to(filters.dtype)
-        grad_values = segment_sum(grad * filters, source, values.shape[0]).to(values.dtype)
-        return grad_filters, grad_values, None, None
 
 
 def sum_messages(filters: Tensor, values: Tensor, graph: Graph) -> Tensor:
-    """m_i = sum over edges j -> i of f_ij * v_j: (E, M), (N, M) -> (N, M).
-
-    Sums have the precision of the values, which under autocast is to be that of the embeddings.
-    """
-    return _MessageSum.apply(filters, values, graph.source, graph.target)
+    """m_i = sum over edges j -> i of f_ij * v_j: (E, M), (N, M) -> (N, M)."""
+    messages = filters * values.index_select(0, graph.source)
+    return segment_sum(messages, graph.target, len(values))
 
 
 def dense(in_channels: int, out_channels: int, *, bias: bool = True) -> nn.Linear:
@@ -110,93 +72,56 @@ def dense(in_channels: int, out_channels: int, *, bias: bool = True) -> nn.Linea
 
 
 class EdgeFilter(nn.Module):
-    """f_ij = act(W e_ij + b).
+    """f_ij = act(W e_ij + b): (E, F) -> (E, M)."""
 
-    Attributes:
-        opaque_on_cpu: torch.compile is to leave the sum over edges as it is there (see `compilation`).
-    """
-
-    opaque_on_cpu = False
-
-    def __init__(self, options: BlockOptions, out_channels: int) -> None:
+    def __init__(self, options: FAENetOptions, out_channels: int, *, node_channels: int = 0) -> None:
         super().__init__()
-        self.act = options.act
-        self.lin = dense(sum(self.columns(options)), out_channels)
-        self.at_knots = Remembered()
-
-    def columns(self, options: BlockOptions) -> tuple[int, ...]:
-        """Columns of W that act on each input."""
-        return (options.num_filters,)
-
-    def edge_weight(self, num_channels: int) -> Tensor:
-        """The columns of W that act on e_ij, (M, F), for embeddings h of so many channels."""
-        return self.lin.weight
-
-    def of_nodes(self, h: Tensor) -> Tensor:
-        """What h_j and h_i add to the filters before the activation, beside each other, (N, 2 M)."""
-        bias = self.lin.bias
-        return torch.cat([torch.zeros_like(bias), bias]).expand(len(h), -1)
+        self.act = ACTIVATIONS[options.act]
+        self.lin = dense(options.num_filters + node_channels, out_channels)
 
     def sum_messages(self, h: Tensor, values: Tensor, graph: Graph) -> Tensor:
         """m_i = sum over edges j -> i of f_ij * v_j, (N, M)."""
-        weight, knots = self.edge_weight(h.shape[1]), None
-        if graph.knots is not None:
-            values_, weight_ = graph.knots.values, weight[:, graph.edge_embedding.shape[1] :]
-            knots = graph.knots._replace(
-                values=self.at_knots(lambda: functional.linear(values_, weight_), weight_, given=values_)
-            )
-            weight = weight[:, : graph.edge_embedding.shape[1]]
-        nodes = self.of_nodes(h)
-        return filtered_sum(
-            graph.edge_embedding,
-            weight,
-            nodes,
-            values,
-            graph.source,
-            graph.target,
-            self.act,
-            knots,
-            graph.shared,
-            opaque=self.opaque_on_cpu and h.device.type == "cpu",
-        )
+        return sum_messages(self.act(self.lin(graph.edge_embedding)), values, graph)
 
 
 class EdgeNodeFilter(EdgeFilter):
     """f_ij = act(W [e_ij, h_j, h_i] + b), equation (8).
 
-    The columns of W act on three blocks. Those of the nodes are applied once per atom, and their
-    results, not the embeddings, are gathered per edge: nothing is concatenated per edge, and the
-    large product has F columns instead of F + 2C.
+    The columns of W that act on nodes are applied once per atom, and their results are gathered per edge.
     """
 
-    def columns(self, options: BlockOptions) -> tuple[int, ...]:
-        return options.num_filters, options.hidden_channels, options.hidden_channels
+    def __init__(self, options: FAENetOptions, out_channels: int) -> None:
+        super().__init__(options, out_channels, node_channels=2 * options.hidden_channels)
 
-    def edge_weight(self, num_channels: int) -> Tensor:
-        return self.lin.weight[:, : -2 * num_channels]
+    def split(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The columns of W for e_ij, (M, F); what h_j adds, and what h_i and the bias add, (N, M) each."""
+        edge, source, target = self.lin.weight.tensor_split((-2 * h.shape[1], -h.shape[1]), dim=1)
+        return edge, functional.linear(h, source), functional.linear(h, target, self.lin.bias)
 
-    def of_nodes(self, h: Tensor) -> Tensor:
-        w_source, w_target = self.lin.weight[:, -2 * h.shape[1] :].chunk(2, dim=1)
-        return torch.cat([functional.linear(h, w_source), functional.linear(h, w_target, self.lin.bias)], dim=1)
+    def sum_messages(self, h: Tensor, values: Tensor, graph: Graph) -> Tensor:
+        weight, of_source, of_target = self.split(h)
+        filters = functional.linear(graph.edge_embedding, weight)
+        filters = filters + of_source.index_select(0, graph.source) + of_target.index_select(0, graph.target)
+        return sum_messages(self.act(filters), values, graph)
 
 
-FilterType = Callable[[BlockOptions, int], EdgeFilter]
+FilterType = Callable[[FAENetOptions, int], EdgeFilter]
 
 
 class InteractionBlock(nn.Module):
     """The update of equation (8). Subclasses say what m_i is.
 
     Args:
-        options: sizes and switches.
+        options: of `FAENet`.
         message_channels: M, the channels of m_i.
         update_channels: channels that `lin_out` takes; M unless given.
     """
 
-    def __init__(self, options: BlockOptions, message_channels: int, update_channels: int | None = None) -> None:
+    def __init__(self, options: FAENetOptions, message_channels: int, update_channels: int | None = None) -> None:
         super().__init__()
         hidden_channels = options.hidden_channels
-        self.act = options.act
-        self.norm = RankGraphNorm(message_channels) if options.graph_norm else None
+        self.act = ACTIVATIONS[options.act]
+        self.norm = RankGraphNorm(message_channels) if options.graph_norm != "none" else None
         self.lin_out = dense(update_channels or message_channels, hidden_channels)
         self.lin_complex = dense(hidden_channels, hidden_channels) if options.complex_mp else None
 
@@ -223,11 +148,11 @@ class Convolution(InteractionBlock):
     """m_i = sum_j f_ij * h_j: `base`, `simple` and `basic`.
 
     Args:
-        options: sizes and switches.
+        options: of `FAENet`.
         filter_type: what makes f_ij; None takes e_ij itself and needs F = C.
     """
 
-    def __init__(self, options: BlockOptions, filter_type: FilterType | None) -> None:
+    def __init__(self, options: FAENetOptions, filter_type: FilterType | None) -> None:
         super().__init__(options, message_channels=options.hidden_channels)
         self.filter = filter_type and filter_type(options, options.hidden_channels)
 
@@ -239,14 +164,9 @@ class Convolution(InteractionBlock):
 
 
 class UpDownConvolution(InteractionBlock):
-    """m_i = sum_j f_ij * act(W' h_j): `updownscale` and `updownscale_base`.
+    """m_i = sum_j f_ij * act(W' h_j): `updownscale` and `updownscale_base`."""
 
-    Args:
-        options: sizes and switches.
-        filter_type: what makes f_ij.
-    """
-
-    def __init__(self, options: BlockOptions, filter_type: FilterType) -> None:
+    def __init__(self, options: FAENetOptions, filter_type: FilterType) -> None:
         super().__init__(options, message_channels=options.num_filters)
         self.lin_down = dense(options.hidden_channels, options.num_filters)
         self.filter = filter_type(options, options.num_filters)
@@ -258,13 +178,9 @@ class UpDownConvolution(InteractionBlock):
 
 
 class LocalEnvConvolution(InteractionBlock):
-    """Convolution with a linear filter of e_ij; the update also sees the sum of e_ij itself.
+    """Convolution with a linear filter of e_ij; the update also sees the sum of e_ij itself: `updown_local_env`."""
 
-    Args:
-        options: sizes and switches.
-    """
-
-    def __init__(self, options: BlockOptions) -> None:
+    def __init__(self, options: FAENetOptions) -> None:
         filters = options.num_filters
         super().__init__(options, message_channels=filters, update_channels=2 * filters)
         self.lin_down = dense(options.hidden_channels, filters)
@@ -277,25 +193,23 @@ class LocalEnvConvolution(InteractionBlock):
 
     def update(self, m: Tensor, graph: Graph) -> Tensor:
         """Messages and local environment to hidden channels, (N, C); linear."""
-        if graph.local_env is None:
-            raise ValueError("mp_type 'updown_local_env' needs graph.local_env")
-        return self.lin_out(torch.cat([m, graph.local_env], dim=1))
+        local_env = segment_sum(graph.edge_embedding.to(m.dtype), graph.target, len(m))  # (N, F)
+        return self.lin_out(torch.cat([m, local_env], dim=1))
 
 
 class Attention(InteractionBlock):
     """Messages weighted by attention: `base_with_att` and `att`.
 
-    a_ij is the softmax over the neighbours j of q_i . k_ij / sqrt(C), k_ij = K h_j, to which `att`
-    adds W e_ij. The mean is taken over the heads. The keys have no bias: it would shift all
-    neighbours of an atom alike, which the softmax does not see.
+    a_ij is the softmax over the neighbours j of q_i . k_ij / sqrt(C), k_ij = K h_j, to which `att` adds W e_ij. The
+    mean is taken over the heads. The keys have no bias: it would shift all neighbours of an atom alike, which the
+    softmax does not see.
 
     Args:
-        options: sizes and switches.
-        multiply: whether W e_ij multiplies the values (`base_with_att`) or is added to keys and
-            values (`att`).
+        options: of `FAENet`.
+        multiply: whether W e_ij multiplies the values (`base_with_att`) or is added to keys and values (`att`).
     """
 
-    def __init__(self, options: BlockOptions, multiply: bool) -> None:
+    def __init__(self, options: FAENetOptions, multiply: bool) -> None:
         channels = options.hidden_channels
         super().__init__(options, message_channels=channels)
         self.multiply = multiply
@@ -321,7 +235,7 @@ class Attention(InteractionBlock):
         return segment_sum(messages, graph.target, num_atoms).mean(dim=1)
 
 
-MP_TYPES: dict[str, Callable[[BlockOptions], InteractionBlock]] = {
+BLOCKS: dict[str, Callable[[FAENetOptions], InteractionBlock]] = {
     "base": partial(Convolution, filter_type=EdgeNodeFilter),
     "simple": partial(Convolution, filter_type=EdgeFilter),
     "basic": partial(Convolution, filter_type=None),
@@ -332,5 +246,3 @@ MP_TYPES: dict[str, Callable[[BlockOptions], InteractionBlock]] = {
     "att": partial(Attention, multiply=False),
 }
 """Interaction block by the name of its message passing."""
-TABULATED = ("base", "simple", "updownscale", "updownscale_base")
-"""Those that take a part of the edge embedding as a function of the distance, `Graph.knots`, and shared ones."""

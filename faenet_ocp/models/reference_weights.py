@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from faenet_ocp.models.embedding import AtomEmbedding
-from faenet_ocp.models.faenet import EnergyHead, FAENet, ForceHead
+from faenet_ocp.models.faenet import FAENet
+from faenet_ocp.models.heads import EnergyHead, ForceHead
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +109,7 @@ def load_reference_state_dict(
     if problems:
         raise ValueError("weights that do not fit the options given:\n  " + "\n  ".join(problems))
     _check_cutoff(model, theirs)
-    if model.graph_norm == "system" and any(".graph_norm." in name for name in theirs):
+    if model.options.graph_norm == "system" and any(".graph_norm." in name for name in theirs):
         warnings.warn(
             "these weights were trained with graph_norm 'batch', statistics over all atoms of a "
             "batch; with 'system' the predictions are others than those of the authors' code",
@@ -129,7 +130,7 @@ def _rename(name: str, table: Mapping[str, str]) -> str:
 
 def _trunk_names(model: FAENet) -> dict[str, str]:
     """Our names of the network's tensors -> theirs."""
-    update = "lin_up." if model.mp_type.startswith("updown") else "lin_h."
+    update = "lin_up." if model.options.mp_type.startswith("updown") else "lin_h."
     block_table = _BLOCK | {"lin_out.": update}
     names = {}
     for name in model.state_dict():
@@ -142,7 +143,7 @@ def _trunk_names(model: FAENet) -> dict[str, str]:
 
 
 def _energy_names(head: EnergyHead) -> dict[str, str]:
-    initial = head.energy_head == "weighted-av-initial-embeds"
+    initial = head.options.energy_head == "weighted-av-initial-embeds"
     table = _ENERGY | {"lin_weight.": "w_lin." if initial else "output_block.w_lin."}
     return {name: _rename(name, table) for name in head.state_dict()}
 

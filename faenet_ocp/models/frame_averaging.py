@@ -1,0 +1,225 @@
+"""Frame averaging around any HydraModel of fairchem.
+
+Data flow: batch -> frames (those that the data transform attached, else computed here) -> views (a view is one system
+in one frame) -> backbone and heads on the views -> rotated back and averaged over the views of each system, eq. (1).
+
+Legend: N atoms, E edges, B systems, K frames of a system, V views. Row vectors: X' = (X - t) U, C' = C U, F = F' U^T.
+"""
+
+import copy
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from fairchem.core.common.registry import registry
+from fairchem.core.datasets.atomic_data import AtomicData
+from fairchem.core.models.base import HydraModel
+from torch import Tensor
+
+from faenet_ocp.data.fields import level_of
+from faenet_ocp.frames import Frames, Views, centroids, compute_frames, flatten_frames, rotate, rotate_back
+from faenet_ocp.graph.neighbors import build_graph
+from faenet_ocp.models.base import Backbone
+from faenet_ocp.targets import TARGETS, Target, scalar
+
+
+@registry.register_model("frame_averaging")
+class FrameAveragedModel(HydraModel):
+    """A HydraModel that sees its data in frames: any fairchem backbone with heads for rows of `targets` or scalars.
+
+    Args:
+        backbone: fairchem's mapping, `{model: <registered name or dotted path>, **arguments}`.
+        heads: fairchem's mapping of head name to `{module: <name>, **arguments}`.
+        frames: `{method, dim, group, tolerance}` for batches that carry no frames (`frame_rot`, `frame_weight`).
+        cutoff, max_neighbors: graph that is built for batches without edges.
+    """
+
+    def __init__(
+        self,
+        *,
+        backbone: dict[str, Any],
+        heads: dict[str, Any],
+        frames: Mapping[str, Any] | None = None,
+        cutoff: float = 6.0,
+        max_neighbors: int = 40,
+        pass_through_head_outputs: bool = False,
+    ):
+        super().__init__(backbone=backbone, heads=heads, pass_through_head_outputs=pass_through_head_outputs)
+        self.frames = {"method": "none", "dim": 3, "group": "E", "tolerance": 1e-3, **(frames or {})}
+        self.cutoff, self.max_neighbors = cutoff, max_neighbors
+
+    def forward(self, data: AtomicData, *, through_frames: bool = False) -> dict[str, Any]:
+        """Predictions by head and property: energies (B,) and forces (N, 3), as symmetric as the frames are.
+
+        Args:
+            data: batch; with `pos.requires_grad` the outputs can be differentiated by the positions.
+            through_frames: compute the frames here, as functions of the positions. Otherwise frames (U and t) are
+                constants in derivatives, and those that the batch carries are used.
+
+        Raises:
+            ValueError: an output that cannot be averaged over frames, or a field that `data.fields` does not know.
+        """
+        needs_edges = "edges" in getattr(self.backbone, "needs", Backbone.needs)
+        if needs_edges and data.edge_index.shape[1] == 0 and len(data.natoms):
+            data = with_graph(data, self.cutoff, self.max_neighbors)
+        frames = self.frames_for(data, through_frames=through_frames)
+        if frames is None:
+            return super().forward(data)
+        origin = centroids(data.pos, data.batch, len(data.natoms), dim=self.frames["dim"])
+        views = ViewBatch(data, frames, origin if through_frames else origin.detach())
+        return views.average(super().forward(views.data), required=self.output_heads.keys())
+
+    def frames_for(self, data: AtomicData, *, through_frames: bool = False) -> Frames | None:
+        """The frames that the batch carries, else those of its positions; None for `none`."""
+        if "frame_rot" in data and not through_frames:
+            return Frames(data.frame_rot, data.frame_weight)
+        if self.frames["method"] == "none":
+            return None
+        return compute_frames(
+            data.pos if through_frames else data.pos.detach(),
+            data.batch,
+            len(data.natoms),
+            atomic_numbers=data.atomic_numbers,
+            **self.frames,
+        )
+
+
+class ViewBatch:
+    """A batch whose systems are the views of those of another, with positions and cells in their frames.
+
+    Args:
+        data: batch of B systems.
+        frames: of the systems.
+        origin: t of each system, (B, 3).
+
+    Attributes:
+        data: batch of V systems with M atoms, eqs. (3) and (4).
+        views: rot, weight and system of each.
+        atom: for each of the M atoms, which atom of the given batch it is, (M,).
+        atom_view: its view, (M,).
+
+    Raises:
+        ValueError: the batch has a field that `data.fields` does not know, so that it has no place in views.
+    """
+
+    def __init__(self, data: AtomicData, frames: Frames, origin: Tensor) -> None:
+        self.num_atoms, self.num_systems = len(data.pos), len(data.natoms)
+        self.views = _views(frames)
+        self.data = _without_frames(data)
+        centred = data.pos - origin[data.batch]
+        if len(self.views.system) == self.num_systems:  # one view each: the systems keep their places
+            self.atom, self.atom_view = torch.arange(self.num_atoms, device=data.pos.device), data.batch
+        else:
+            self.atom, self.atom_view = _members(data.natoms, self.views.system)
+            self._repeat_systems(data)
+        self.data.pos = rotate(centred[self.atom], self.views.rot[self.atom_view])
+        self.data.cell = rotate(self.data.cell, self.views.rot)
+
+    def _repeat_systems(self, data: AtomicData) -> None:
+        """Every field for the views, by its level."""
+        edge, edge_view = _members(data.nedges, self.views.system)
+        rows = {"atom": self.atom, "edge": edge, "system": self.views.system}
+        for name in self.data.keys():  # noqa: SIM118  # iterating over the batch gives values, too
+            if name not in ("batch", "edge_index"):
+                setattr(self.data, name, _rows(getattr(data, name), rows[level_of(name)]))
+        shift = _starts(self.data.natoms)[edge_view] - _starts(data.natoms)[self.views.system][edge_view]
+        self.data.edge_index = data.edge_index[:, edge] + shift
+        self.data.batch = self.atom_view
+
+    def average(self, outputs: Mapping[str, Any], *, required: Collection[str]) -> dict[str, Any]:
+        """Outputs of the views, by head and property, to those of the systems.
+
+        Args:
+            outputs: rows of `targets`, or other scalars of systems; nested mappings are gone through.
+            required: names of outputs that have to be averaged; others that cannot be are by-products, and left out.
+
+        Raises:
+            ValueError: a required output is neither a row of `targets` nor a scalar of systems.
+        """
+        averaged: dict[str, Any] = {}
+        for name, value in outputs.items():
+            if isinstance(value, Mapping):
+                averaged[name] = self.average(value, required=required)
+            elif (target := self._target(name, value)) is not None:
+                averaged[name] = self._mean(value, target)
+            elif name in required:
+                raise ValueError(
+                    f"output {name!r} of shape {tuple(value.shape)}: frames can average {', '.join(TARGETS)} and other "
+                    "scalars of systems"
+                )
+        return averaged
+
+    def _target(self, name: str, value: Tensor) -> Target | None:
+        """What an output predicts; None if it has not that shape."""
+        target = TARGETS.get(name) or scalar(name, unit="")
+        rows = len(self.views.system if target.level == "system" else self.atom)
+        shapes = [(rows, 3)] if target.rank else [(rows,), (rows, 1)]
+        return target if tuple(value.shape) in shapes else None
+
+    def _mean(self, value: Tensor, target: Target) -> Tensor:
+        """Weighted mean over the views of each system; vectors are rotated back first, eq. (1)."""
+        place, rows, weight, rot = self.views.system, self.num_systems, self.views.weight, self.views.rot
+        if target.level == "atom":
+            place, rows, weight, rot = self.atom, self.num_atoms, weight[self.atom_view], rot[self.atom_view]
+        if target.rank:
+            value = rotate_back(value, rot.to(value.dtype))
+        value = value * weight.to(value.dtype).view(-1, *[1] * (value.dim() - 1))
+        return value.new_zeros(rows, *value.shape[1:]).index_add(0, place, value)
+
+
+def with_graph(data: AtomicData, cutoff: float, max_neighbors: int) -> AtomicData:
+    """The batch with edges from `graph.build_graph`, one system after the other."""
+    edge_index, offsets, counts, first = [], [], [], 0
+    positions, cells, pbc = data.pos.detach().cpu(), data.cell.detach().cpu(), data.pbc.cpu()
+    for system, natoms in enumerate(data.natoms.tolist()):
+        index, offset = build_graph(
+            positions[first : first + natoms], cells[system], pbc[system], cutoff=cutoff, max_neighbors=max_neighbors
+        )
+        edge_index.append(index + first)
+        offsets.append(offset)
+        counts.append(index.shape[1])
+        first += natoms
+    result = _shallow_copy(data)
+    result.edge_index = torch.cat(edge_index, dim=1).to(data.pos.device)
+    result.cell_offsets = torch.cat(offsets).to(data.pos)
+    result.nedges = torch.tensor(counts, dtype=data.natoms.dtype, device=data.pos.device)
+    return result
+
+
+def _views(frames: Frames) -> Views:
+    if frames.rot.shape[1] == 1:  # no need to look at the weights, which would wait for the device
+        systems = torch.arange(len(frames.rot), device=frames.rot.device)
+        return Views(frames.rot[:, 0], frames.weight[:, 0], systems)
+    return flatten_frames(frames)
+
+
+def _shallow_copy(data: AtomicData) -> AtomicData:
+    """Another AtomicData with the same tensors, whose fields can be replaced."""
+    result = copy.copy(data)
+    result.__keys__ = set(data.__keys__)
+    return result
+
+
+def _without_frames(data: AtomicData) -> AtomicData:
+    result = _shallow_copy(data)
+    for name in ("frame_rot", "frame_weight"):
+        if name in result:
+            del result[name]
+    return result
+
+
+def _rows(values: Any, rows: Tensor) -> Any:
+    """These rows of a tensor or list."""
+    return values[rows] if isinstance(values, Tensor) else [values[row] for row in rows.tolist()]
+
+
+def _starts(counts: Tensor) -> Tensor:
+    return counts.cumsum(0) - counts
+
+
+def _members(counts: Tensor, systems: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows (atoms or edges) of the listed systems, in that order, and the place in the list of each."""
+    chosen = counts[systems]
+    place = torch.repeat_interleave(torch.arange(len(systems), device=counts.device), chosen)
+    within = torch.arange(len(place), device=counts.device) - _starts(chosen)[place]
+    return _starts(counts)[systems][place] + within, place
