@@ -116,7 +116,7 @@ def test_speed_machinery_stays_in_kernels() -> None:
 def test_every_package_says_in_three_lines_what_it_is_for(init: Path) -> None:
     text = ast.get_docstring(ast.parse(init.read_text())) or ""
     assert len(text.splitlines()) >= 3
-    assert init.parent == PACKAGE or len(init.read_text().splitlines()) <= 8
+    assert init.parent == PACKAGE or len(init.read_text().splitlines()) <= 40
 
 
 def test_the_picture_shows_the_table() -> None:
