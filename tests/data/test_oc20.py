@@ -1,4 +1,4 @@
-"""A record becomes a sample: fields, labels of all eras, random transforms, configuration; errors say where and what."""
+"""A record becomes a sample: fields, labels of all eras, random transforms, configuration; errors say where."""
 
 import logging
 from pathlib import Path

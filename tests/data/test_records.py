@@ -16,9 +16,10 @@ import lmdb
 import numpy as np
 import pytest
 import torch
-from faenet_ocp.data.lmdb_records import RecordError, decode_count, decode_record
 
 import small_data
+from faenet_ocp.common.checks import RecordError
+from faenet_ocp.data.records import decode_count, decode_record
 
 
 def same(ours, theirs) -> bool:
