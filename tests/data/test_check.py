@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 
 from data_sets import open_dataset
 from faenet_ocp.data import check as check_module
-from faenet_ocp.data.check import Problem, check, check_split
+from faenet_ocp.data.check import Problem, check
 from faenet_ocp.data.packed import OC20PackedDataset
 from faenet_ocp.prepare.pack import pack
 from small_data import dump_record, make_fields, write_items
@@ -56,15 +56,18 @@ def test_all_that_cannot_be_used_is_listed(
         assert problem.file == str(path) and f"{path}: record {problem.index} " in problem.reason
         assert re.search(expected[problem.index], problem.reason), problem.reason
     shown = capsys.readouterr().err
-    assert "train: 100%" in shown and f"unusable={len(expected)}" in shown
+    assert "checking again: 100%" in shown and f"unusable={2 * len(expected)}" in shown
 
 
-def test_a_good_split_has_no_problems_and_is_read_in_batches(
-    small_is2re: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_good_split_is_read_in_batches(
+    small_is2re: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     dataset = open_dataset(small_is2re / "is2re/all/train")
-    monkeypatch.setattr(type(dataset), "__getitem__", None)
-    assert check_split(dataset, 1) == []
+    monkeypatch.setattr(check_module, "load_batch", lambda dataset, keys: read.append(len(keys)))
+    monkeypatch.setattr(check_module, "_AT_ONCE", 5)
+    read: list[int] = []
+    assert check({"train": dataset}, 1, progress=False) == {"train": []}
+    assert read == [5, 5, 2] and not capsys.readouterr().err
 
 
 def test_packed_records(small_is2re: Path, tmp_path: Path) -> None:
@@ -75,8 +78,10 @@ def test_packed_records(small_is2re: Path, tmp_path: Path) -> None:
     record = dataset.files[0].read(2)
     content[content.index(record) + len(record) // 2] ^= 4
     path.write_bytes(content)
-    (problem,) = check_split(open_dataset(path, OC20PackedDataset), 1)
-    assert problem.index == 2 and "record 2 is damaged: its checksum is wrong" in problem.reason
+    (problem,) = check({"val": open_dataset(path, OC20PackedDataset)}, 1)["val"]
+    assert (
+        problem.index == 2 and "record 2 is damaged: its checksum is wrong (it calls itself sid 1002)" in problem.reason
+    )
 
 
 class Own(Dataset):
@@ -98,5 +103,5 @@ class Own(Dataset):
 
 
 def test_data_sets_of_users_and_errors_of_any_kind() -> None:
-    assert check_split(Own({1, 4}), 1) == [Problem(i, "", "KeyError: 'no such thing'") for i in (1, 4)]
-    assert check_split(Own(set()), 1) == [Problem(0, "", "shapes differ")]
+    assert check({"own": Own({1, 4})}, 1)["own"] == [Problem(i, "", "KeyError: 'no such thing'") for i in (1, 4)]
+    assert check({"own": Own(set())}, 1)["own"] == [Problem(0, "", "shapes differ")]
