@@ -100,10 +100,12 @@ def make_model(config: Config) -> FrameAveragedModel:
     cls = _registered("model.name", name, registry.get_model_class, "model_name_mapping")
     options = {key: value for key, value in config.model.items() if key not in ("name", "heads")}
     graph = {key: options.get(key, default) for key, default in _GRAPH.items()}
-    heads = config.model.get("heads") or _default_heads(name, cls, config, options)
+    heads, head_options = config.model.get("heads"), set[str]()
+    if heads is None:
+        heads, head_options = _default_heads(name, cls, config, options)
     allowed = parameters(cls)
     backbone = {key: value for key, value in options.items() if allowed is None or key in allowed}
-    known = {*(allowed or options), *_GRAPH, *(key for head in heads.values() for key in head)}
+    known = {*(options if allowed is None else allowed), *_GRAPH, *head_options}
     for key in options:
         if key not in known:
             raise ValueError(f"model.{key}: unknown key{nearest(key, sorted({*known, 'name', 'heads'}))}")
@@ -120,15 +122,19 @@ def make_model(config: Config) -> FrameAveragedModel:
     return model.double() if config.job.precision == "float64" else model
 
 
-def _default_heads(name: str, cls: type, config: Config, options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """A backbone's heads for the configured targets, with those of the options that they know."""
+def _default_heads(
+    name: str, cls: type, config: Config, options: Mapping[str, Any]
+) -> tuple[dict[str, dict[str, Any]], set[str]]:
+    """A backbone's heads for the configured targets with those of the options that they know; all that they know."""
     if not hasattr(cls, "default_heads"):
         raise ValueError(f"model.heads: missing; {name} has no default heads, name one for each of {config.properties}")
     heads: dict[str, dict[str, Any]] = cls.default_heads(config.targets)
+    known: set[str] = set()
     for head in heads.values():
-        known = parameters(registry.get_model_class(head["module"])) or set()
-        head.update({key: options[key] for key in known & set(options) - {"backbone", *head}})
-    return heads
+        own = (parameters(registry.get_model_class(head["module"])) or set()) - {"backbone", *head}
+        head.update({key: options[key] for key in own & set(options)})
+        known |= own
+    return heads, known
 
 
 def _registered(key: str, name: str, getter: Any, mapping: str) -> type:

@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from ase.neighborlist import neighbor_list
 
-from faenet_ocp.models.faenet import EnergyHead, FAENet, ForceHead
+from faenet_ocp.models.faenet import FAENet
+from faenet_ocp.models.heads import EnergyHead, ForceHead
 from small_data import make_slab
 
 CUTOFF = 4.0
@@ -20,7 +21,35 @@ SMALL = {
     "tag_hidden_channels": 4,
     "pg_hidden_channels": 4,
 }
-HEAD_OPTIONS = ("energy_head", "skip_co")
+HEAD_OPTIONS = ("energy_head", "skip_co", "act")
+TABLE_6 = {
+    "FAENet": {},
+    "only r_ij": {"edge_embed_type": "rij"},
+    "only spherical harmonics": {"edge_embed_type": "sh"},
+    "all": {"edge_embed_type": "all"},
+    "two layers in the embedding MLPs": {"second_layer_MLP": True},
+    "simple MP": {"mp_type": "simple"},
+    "basic MP": {"mp_type": "basic", "num_filters": 40},
+    "updownscale MP": {"mp_type": "updownscale"},
+    "updownscale MP, filter from atoms too": {"mp_type": "updownscale_base"},
+    "attention": {"mp_type": "base_with_att", "att_heads": 2},
+    "no complex MP": {"complex_mp": False},
+    "simple energy head": {"energy_head": "sum"},
+    "no jumping connections": {"skip_co": "none"},
+}
+OTHERS = {
+    "local environment": {"mp_type": "updown_local_env"},
+    "graph transformer": {"mp_type": "att"},
+    "weights from initial embeddings": {"energy_head": "weighted-av-initial-embeds"},
+    "jumping connections added": {"skip_co": "add"},
+    "jumping connections of atoms": {"skip_co": "concat_atom"},
+    "no norm": {"graph_norm": "none"},
+    "learnt properties": {"phys_hidden_channels": 6},
+    "no properties": {"phys_embeds": False},
+    "no tags, periods and groups": {"tag_hidden_channels": 0, "pg_hidden_channels": 0},
+    "another activation": {"act": "gelu"},
+}
+VARIANTS = TABLE_6 | OTHERS
 
 
 class Inputs(NamedTuple):
@@ -79,9 +108,11 @@ def build(dtype=torch.float32, force="mlp", norm="layer", seed=0, **options):
 
 
 def energies(parts, inputs):
-    return parts[1](parts[0](**inputs.arguments), inputs.batch, len(inputs.atoms))
+    return predict(parts, inputs)[0]
 
 
 def predict(parts, inputs):
-    output = parts[0](**inputs.arguments)
-    return parts[1](output, inputs.batch, len(inputs.atoms)), parts[2](output.node_embedding)
+    """Energies and forces; as in fairchem, heads are outside autocast."""
+    features = parts[0](**inputs.arguments)
+    with torch.autocast("cpu", enabled=False):
+        return parts[1](features, inputs.batch, len(inputs.atoms)), parts[2](features.node_embedding)

@@ -12,7 +12,7 @@ from faenet_ocp.common.pool import ordered_map
 from faenet_ocp.data.loader import load_batch
 
 _AT_ONCE = 256
-"""Systems of one task: what memory holds of a data set of any size, in each process."""
+"""Systems of one task: what a process holds in memory, however large the data sets are."""
 
 
 @dataclass(frozen=True)
@@ -30,45 +30,46 @@ class Problem:
     reason: str
 
 
-def check(datasets: Mapping[str, Dataset], num_workers: int) -> dict[str, list[Problem]]:
-    """`check_split` of each split, with a progress bar."""
-    return {split: check_split(dataset, num_workers, progress=split) for split, dataset in datasets.items()}
-
-
-def check_split(dataset: Dataset, num_workers: int, progress: str | None = None) -> list[Problem]:
-    """Makes every sample of a data set as a training would, with edges, labels and transforms.
+def check(datasets: Mapping[str, Dataset], num_workers: int, *, progress: bool = True) -> dict[str, list[Problem]]:
+    """Makes every sample of all splits as a training would, with edges, labels and transforms.
 
     Args:
-        dataset: picklable.
+        datasets: by split; picklable.
         num_workers: processes; 1: this one.
-        progress: what the progress bar calls it; None: no bar.
+        progress: show a bar.
 
     Returns:
-        the samples that cannot be used, in order.
+        the samples of each split that cannot be used, in order.
 
     Raises:
         RuntimeError: a process died.
     """
-    found: list[Problem] = []
-    size = len(dataset)  # type: ignore[arg-type]
-    tasks = [(start, min(start + _AT_ONCE, size)) for start in range(0, size, _AT_ONCE)]
-    results = ordered_map(partial(_problems, dataset), tasks, num_workers)
-    with tqdm(total=size, desc=progress, unit="system", disable=progress is None, mininterval=1.0) as bar:
-        for (start, stop), problems in zip(tasks, results, strict=True):
-            found += problems
+    sizes = {split: len(dataset) for split, dataset in datasets.items()}  # type: ignore[arg-type]
+    tasks = [
+        (split, start, min(start + _AT_ONCE, size))
+        for split, size in sizes.items()
+        for start in range(0, size, _AT_ONCE)
+    ]
+    found: dict[str, list[Problem]] = {split: [] for split in datasets}
+    results = ordered_map(partial(_problems, datasets), tasks, num_workers)
+    with tqdm(total=sum(sizes.values()), unit="system", disable=not progress, mininterval=1.0) as bar:
+        for (split, start, stop), problems in zip(tasks, results, strict=True):
+            found[split] += problems
+            bar.set_description(f"checking {split}", refresh=False)
+            bar.set_postfix(unusable=sum(map(len, found.values())), refresh=False)
             bar.update(stop - start)
-            bar.set_postfix(unusable=len(found), refresh=False)
     return found
 
 
-def _problems(dataset: Dataset, start: int, stop: int) -> list[Problem]:
-    """Those of some samples; read one by one only if they cannot be read together."""
+def _problems(datasets: Mapping[str, Dataset], split: str, start: int, stop: int) -> list[Problem]:
+    """Those of some samples, which are read one by one only if they cannot be read together."""
+    dataset = datasets[split]
     keys = [(0, index) for index in range(start, stop)]
-    reason = _failure(load_batch, dataset, keys)
-    if reason is None:
+    together = _failure(load_batch, dataset, keys)
+    if together is None:
         return []
     reasons = {key[1]: _failure(dataset.__getitem__, key) for key in keys}
-    found = {index: reason for index, reason in reasons.items() if reason is not None} or {start: reason}
+    found = {index: reason for index, reason in reasons.items() if reason is not None} or {start: together}
     locate = getattr(dataset, "locate", None)
     return [Problem(index, str(locate(index)[0].path) if locate else "", reason) for index, reason in found.items()]
 

@@ -27,10 +27,9 @@ from faenet_ocp.common.numba import compiled
 _CHANNELS_OF_A_THREAD = 32  # at least, and a multiple: two threads never write to the same 64 bytes
 
 
-def usable(*tensors: Tensor | None) -> bool:
+def usable(*tensors: Tensor) -> bool:
     """Whether the kernels take these: float32 or bfloat16 on a CPU."""
-    present = [tensor for tensor in tensors if tensor is not None]
-    known = all(t.device.type == "cpu" and t.dtype in (torch.float32, torch.bfloat16) for t in present)
+    known = all(t.device.type == "cpu" and t.dtype in (torch.float32, torch.bfloat16) for t in tensors)
     return known and not config.DISABLE_JIT  # type: ignore[attr-defined]
 
 
@@ -200,21 +199,23 @@ def add_gradients(
         values, source, target, near, share, start, stop, first, last: as for `add_messages`.
     """
     channels, width = values.shape[1], last - first
+    grad = np.empty(width, np.float32)  # that nothing else points to it lets the compiler work on vectors
     for edge in range(start, stop):
         j, i = source[edge], target[edge]
         linear, of_m = kept[edge, first:last], grad_m[i, first:last]
         v, of_v = values[j, first:last], grad_values[j, first:last]
-        grad = grad_linear[edge - start, first:last]
         for c in range(width):
             x = _wide(linear[c])
             sigmoid = _sigmoid(x)
             of_v[c] += of_m[c] * (x * sigmoid)
             grad[c] = of_m[c] * v[c] * (sigmoid * (_ONE + x * (_ONE - sigmoid)))
         a, b = grad_nodes[j, first:last], grad_nodes[i, channels + first : channels + last]
+        of_linear = grad_linear[edge - start, first:last]
         for c in range(width):
             a[c] += grad[c]
         for c in range(width):
             b[c] += grad[c]
+            of_linear[c] = grad[c]
         if len(near) > 0:
             k = min(max(near[edge], 0), len(grad_knots) - 4)
             for knot in range(4):

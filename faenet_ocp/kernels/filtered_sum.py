@@ -38,15 +38,18 @@ class Knots(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """What is summed, in the precisions of the work; only the first five are differentiated."""
+    """What is summed, in the precisions of the work; only the first five are differentiated.
+
+    Without knots, `knot_values` (0, M), `near` (0, 4) and `knot_weight` (0, 4) are empty.
+    """
 
     e: Tensor
     weight: Tensor
     nodes: Tensor
     values: Tensor
-    knot_values: Tensor | None
-    near: Tensor | None
-    knot_weight: Tensor | None
+    knot_values: Tensor
+    near: Tensor
+    knot_weight: Tensor
     source: Tensor
     target: Tensor
 
@@ -79,17 +82,17 @@ def filtered_sum(
     Raises:
         IndexError: an edge of an atom that is not there.
     """
-    knot_values, near, knot_weight = (None, None, None) if knots is None else knots
+    if knots is None:
+        knots = Knots(e.new_empty(0, len(weight)), source.new_empty(0, 4).int(), values.new_empty(0, 4))
+    at_knots, near, knot_weight = knots
     if torch.is_autocast_enabled(e.device.type):
         dtype = torch.get_autocast_dtype(e.device.type)
-        e, weight, nodes = e.to(dtype), weight.to(dtype), nodes.to(dtype)
-        knot_values = None if knot_values is None else knot_values.to(dtype)
+        e, weight, nodes, at_knots = e.to(dtype), weight.to(dtype), nodes.to(dtype), at_knots.to(dtype)
     if not torch.is_grad_enabled():
         weight = weight.detach()  # a parameter would seem to need what only a gradient needs
+    inputs = Inputs(e, weight, nodes, values, at_knots, near, knot_weight, source, target)
     with torch.autocast(e.device.type, enabled=False):
-        return _FilteredSum.apply(
-            act, *Inputs(e, weight, nodes, values, knot_values, near, knot_weight, source, target)
-        )
+        return _FilteredSum.apply(act, *inputs)
 
 
 def _all_at_once(inputs: Inputs, act: Activation) -> Tensor:
@@ -97,7 +100,7 @@ def _all_at_once(inputs: Inputs, act: Activation) -> Tensor:
     e, weight, nodes, values, knot_values, near, knot_weight, source, target = inputs
     a, b = nodes.chunk(2, dim=1)
     filters = functional.linear(e, weight) + a.index_select(0, source) + b.index_select(0, target)
-    if knot_values is not None and near is not None and knot_weight is not None:
+    if len(near):
         filters = filters + (knot_values[near] * knot_weight.to(knot_values.dtype).unsqueeze(2)).sum(dim=1)
     return segment_sum(act(filters) * values.index_select(0, source), target, len(values))
 
@@ -142,8 +145,8 @@ def _differentiable_gradients(
     inputs: Inputs, act: Activation, grad_m: Tensor, needed: Sequence[bool]
 ) -> list[Tensor | None]:
     # Views: one argument may have been computed from another, whose gradient here is the direct one alone.
-    views = Inputs(*(None if tensor is None else tensor.view_as(tensor) for tensor in inputs))  # type: ignore[arg-type]
-    wanted = [tensor for tensor, needs in zip(views, needed, strict=False) if needs and tensor is not None]
+    views = Inputs(*(tensor.view_as(tensor) for tensor in inputs))
+    wanted = [tensor for tensor, needs in zip(views, needed, strict=False) if needs]
     found = iter(torch.autograd.grad(_all_at_once(views, act), wanted, grad_m, create_graph=True))
     return [next(found) if needs else None for needs in needed]
 
@@ -160,15 +163,14 @@ def _gradients(
     inputs: Inputs, act: Activation, kept: Tensor, grad_m: Tensor, *, with_edges: bool
 ) -> list[Tensor | None]:
     """Gradients by the first five inputs."""
-    e, weight, values, knot_values = inputs.e, inputs.weight, inputs.values, inputs.knot_values
+    e, weight, values = inputs.e, inputs.weight, inputs.values
     blocks = list(_blocks(len(e), e.device))
     grad_e = torch.empty_like(e) if with_edges else None
     grad_weight = torch.zeros_like(weight, dtype=values.dtype)
-    num_knots = 0 if knot_values is None else len(knot_values)
     sums = Gradients(
         nodes=torch.zeros_like(inputs.nodes, dtype=values.dtype),
         values=torch.zeros_like(values),
-        knot_values=values.new_zeros(num_knots, len(weight)),
+        knot_values=torch.zeros_like(inputs.knot_values, dtype=values.dtype),
     )
     linear = values.new_empty(max((block.stop - block.start for block in blocks), default=0), len(weight))
     make = _compiled_gradients if _is_compiled(inputs, act) else _torch_gradients
@@ -184,7 +186,7 @@ def _gradients(
         grad_weight.to(weight.dtype),
         sums.nodes.to(inputs.nodes.dtype),
         sums.values,
-        None if knot_values is None else sums.knot_values.to(knot_values.dtype),
+        sums.knot_values.to(inputs.knot_values.dtype),
     ]
 
 
@@ -198,19 +200,15 @@ def _is_compiled(inputs: Inputs, act: Activation) -> bool:
 
 
 def _of_edges(inputs: Inputs) -> tuple[Tensor, ...]:
-    """values, source, target, near, share, as the kernels take them: nothing is an empty tensor."""
-    near, share = inputs.source.new_empty(0).int(), inputs.values.new_empty(0, 4)
-    if inputs.near is not None and inputs.knot_weight is not None:
-        near, share = inputs.near[:, 0], inputs.knot_weight
-    return inputs.values, inputs.source, inputs.target, near, share
+    """values, source, target, near, share, as the kernels take them."""
+    return inputs.values, inputs.source, inputs.target, inputs.near[:, 0], inputs.knot_weight
 
 
 def _compiled_messages(
     inputs: Inputs, _: Activation, linear: Tensor, kept: Tensor, m: Tensor
 ) -> Callable[[slice], None]:
     channels = len(inputs.weight)
-    knots = linear.new_empty(0, channels) if inputs.knot_values is None else inputs.knot_values
-    arrays = edge_kernels.arrays(m, kept, linear, knots, inputs.nodes, *_of_edges(inputs))
+    arrays = edge_kernels.arrays(m, kept, linear, inputs.knot_values, inputs.nodes, *_of_edges(inputs))
 
     def add(rows: slice) -> None:
         if edge_kernels.run(edge_kernels.add_messages, channels, *arrays, rows.start, rows.stop):
@@ -244,11 +242,9 @@ def _torch_messages(
     def add(rows: slice) -> None:
         part = linear[: rows.stop - rows.start]
         part += functional.embedding_bag(bags[rows], table, mode="sum")
-        if inputs.knot_values is not None and inputs.near is not None and inputs.knot_weight is not None:
-            share = inputs.knot_weight[rows].to(inputs.knot_values.dtype)
-            part += functional.embedding_bag(
-                inputs.near[rows], inputs.knot_values, mode="sum", per_sample_weights=share
-            )
+        if len(inputs.near):
+            near, share = inputs.near[rows], inputs.knot_weight[rows].to(part.dtype)
+            part += functional.embedding_bag(near, inputs.knot_values, mode="sum", per_sample_weights=share)
         if len(kept):
             kept[rows] = part
         m.index_add_(0, target[rows], act(part) * inputs.values.index_select(0, source[rows]))
@@ -273,7 +269,7 @@ def _torch_gradients(
         exact = linear[: rows.stop - rows.start].copy_(grad_linear)
         of_source.index_add_(0, j, exact)
         of_target.index_add_(0, i, exact)
-        if inputs.near is not None and inputs.knot_weight is not None:
+        if len(inputs.near):
             for knot, share in zip(inputs.near[rows].unbind(1), inputs.knot_weight[rows].unbind(1), strict=True):
                 sums.knot_values.index_add_(0, knot, exact * share.to(exact.dtype).unsqueeze(1))
 

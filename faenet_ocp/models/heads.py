@@ -1,6 +1,7 @@
 """Output blocks of FAENet (section 4, figure 1; Table 7): energies of systems, forces on atoms.
 
-Heads see the system in its frame, and forces are in that frame: F = F' U^T turns them back.
+Heads see the system in its frame, and forces are in that frame: F = F' U^T turns them back. Fairchem calls them
+outside autocast: they are cheap, and sums.
 
 Shapes: N atoms, B systems; C hidden_channels, H force_hidden_channels.
 """

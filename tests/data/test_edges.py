@@ -134,18 +134,6 @@ def test_random_systems(spoilt: int, max_neighbors: int, dtype: torch.dtype) -> 
             assert_expected([decode_packed(encode_packed(prepare_edges(fields))) for fields in records], reading)
 
 
-def test_the_random_systems_have_broken_shells_and_equal_distances(monkeypatch: pytest.MonkeyPatch) -> None:
-    searched: list[float] = []
-    search = edges_module.find_edges
-    monkeypatch.setattr(
-        edges_module, "find_edges", lambda *args, cutoff: searched.append(cutoff) or search(*args, cutoff=cutoff)
-    )
-    records = [system(seed, pbc=seed % 4 != 0) for seed in range(24)]
-    batch = make_batch(records, [""] * 24, Reading({}, "stored", torch.float32, 4.0, 8))
-    assert len(searched) >= 7 and min(searched) < 4
-    assert (torch.bincount(batch.edge_index[1]) > 8).any()
-
-
 # Of files
 
 
@@ -162,17 +150,6 @@ def test_stored_and_recomputed_edges_of_the_oc20_sample_agree(oc20_sample: Path)
             whole = edge_set(expected.edge_index, expected.cell_offsets)
             sure = edge_set(expected.edge_index[:, inside], expected.cell_offsets[inside])
             assert sure <= edge_set(ours.edge_index, ours.cell_offsets) <= whole
-
-
-def test_stored_edges_are_cut_like_edges_built_anew(tmp_path: Path) -> None:
-    """The files hold 50 neighbours, cut strictly; 20 with their shells are among them."""
-    records = [make_fields(index, layers=3) for index in range(4)]
-    stored = dataset_of(tmp_path, *records, max_neighbors=20, cutoff=5.0)
-    built = open_dataset(tmp_path / "data.lmdb", max_neighbors=20, cutoff=5.0, edges="recompute")
-    for index, fields in enumerate(records):
-        ours = edge_set(stored[index].edge_index, stored[index].cell_offsets)
-        assert ours == edge_set(built[index].edge_index, built[index].cell_offsets)
-        assert 0 < len(ours) < fields["edge_index"].shape[1]
 
 
 def test_stored_edges_really_come_from_the_file_and_distances_do_not(tmp_path: Path) -> None:

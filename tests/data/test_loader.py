@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from faenet_ocp.data.loader import EvalBatchSampler, TrainBatchSampler, even_slice
-from faenet_ocp.training import trainer
+from faenet_ocp.launch import runner
 
 
 def _epoch(world: int, *, n: int = 103, batch: int = 16, epoch: int = 3, start: int = 0) -> list[set]:
@@ -83,5 +83,5 @@ def test_a_core_is_left_to_each_worker(
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
     config: Any = SimpleNamespace(job=SimpleNamespace(cpu=cpu), optim=SimpleNamespace(num_workers=workers))
-    trainer._leave_cores_to_the_loader(config)
+    runner._leave_cores_to_the_loader(config)
     assert chosen == ([] if threads is None else [threads])

@@ -16,9 +16,10 @@ import lmdb
 import numpy as np
 import pytest
 import torch
-from faenet_ocp.data.lmdb_records import RecordError, decode_count, decode_record
 
 import small_data
+from faenet_ocp.common.checks import RecordError
+from faenet_ocp.data.records import decode_count, decode_record
 
 
 def same(ours, theirs) -> bool:
@@ -44,12 +45,6 @@ def assert_same(ours: dict, theirs: dict) -> None:
 def test_both_layouts_and_all_protocols_of_python_3_are_read_exactly(layout, protocol):
     fields = small_data.make_fields(3)
     assert_same(decode_record(small_data.dump_record(fields, layout=layout, protocol=protocol)), fields)
-
-
-def test_the_pyg1_records_of_the_tests_are_what_pyg_cannot_read():
-    old = pickle.loads(small_data.dump_record(small_data.make_fields(0), layout="pyg1"))
-    with pytest.raises(RuntimeError, match="older version of PyG"):
-        _ = old.pos
 
 
 def test_every_record_of_the_oc20_sample_is_read_as_pickle_reads_it(oc20_sample):
@@ -105,15 +100,17 @@ def test_results_cannot_be_written_to():
         read["pos"][0] = 1
 
 
-@pytest.mark.parametrize(("value", "count"), [(0, 0), (33, 33), (10**7, 10**7), (np.int64(5), 5), (torch.tensor(4), 4)])
+@pytest.mark.parametrize(
+    ("value", "count"),
+    [(0, 0), (10**7, 10**7), (np.int64(5), 5), (torch.tensor(4), 4)]
+    + [(value, None) for value in (-1, 2.5, "3", None, True, [1], torch.zeros(2))],
+)
 def test_counts(value, count):
-    assert decode_count(pickle.dumps(value)) == count
-
-
-@pytest.mark.parametrize("value", [-1, 2.5, "3", None, True, [1], torch.zeros(2)])
-def test_other_things_are_no_count(value):
-    with pytest.raises(RecordError, match="no number of records"):
-        decode_count(pickle.dumps(value))
+    if count is not None:
+        assert decode_count(pickle.dumps(value)) == count
+    else:
+        with pytest.raises(RecordError, match="no number of records"):
+            decode_count(pickle.dumps(value))
 
 
 # Refusing. A canary file shows whether something ran.
@@ -143,19 +140,10 @@ def with_payload(payload: bytes, elements: int = 6) -> bytes:
     return in_data(Calls(torch._utils._rebuild_tensor_v2, storage, 0, (elements,), (1,), False, {}))
 
 
-def typed_storage(tensor: torch.Tensor) -> torch.storage.TypedStorage:
-    return torch.storage.TypedStorage(wrap_storage=tensor.untyped_storage(), dtype=tensor.dtype, _internal=True)
-
-
-def zip_payload(tensor: torch.Tensor) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(typed_storage(tensor), buffer)
-    return buffer.getvalue()
-
-
 def poisoned_zip(gadget) -> bytes:
-    source, target = zip_payload(torch.arange(6.0)), io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(source)) as archive, zipfile.ZipFile(target, "w") as copy:
+    source, target = io.BytesIO(), io.BytesIO()
+    torch.save(torch.arange(6.0).untyped_storage(), source)
+    with zipfile.ZipFile(source) as archive, zipfile.ZipFile(target, "w") as copy:
         for name in archive.namelist():
             copy.writestr(name, pickle.dumps(gadget, 2) if name.endswith("data.pkl") else archive.read(name))
     return target.getvalue()
@@ -179,16 +167,13 @@ def gadgets(canary: Path) -> dict[str, bytes]:
     system = Calls(os.system, command)
     return {
         "os.system": in_data(system),
-        "os.system, protocol 2": in_data(system, protocol=2),
         "eval": in_data(Calls(eval, code)),
-        "exec": in_data(Calls(exec, code)),
         "getattr chain": in_data(Calls(Calls(getattr, Calls(__import__, "os"), "system"), command)),
         "Popen": in_data(Calls(subprocess.check_call, ["touch", str(canary)])),
         "not Data": pickle.dumps(system),
         "state of Data": DATA + body(system) + b"b.",
         "argument of Data": DATA[:-2] + body((system,)) + b"\x81.",
         "nested pickle": with_payload(pickle.dumps(system)),
-        "nested pickle, protocol 2": with_payload(pickle.dumps(system, 2)),
         "nested system info": with_payload(legacy_stream(third=system)),
         "nested storage": with_payload(legacy_stream(fourth=system)),
         "nested zip": with_payload(poisoned_zip(system)),
@@ -304,17 +289,7 @@ BOMBS = {
     "tuples that take for ever to hash": nested_tuples(),
     "tuples that take for ever to print": nested_tuples()[:-3] + b"R.",
     "tensor shape": in_data(
-        Calls(
-            torch._utils._rebuild_tensor_v2,
-            torch.storage.TypedStorage(
-                wrap_storage=torch.zeros(1).untyped_storage(), dtype=torch.float32, _internal=True
-            ),
-            0,
-            (2**40,),
-            (0,),
-            False,
-            {},
-        )
+        Calls(torch._utils._rebuild_tensor_v2, torch.zeros(1).untyped_storage(), 0, (2**40,), (0,), False, {})
     ),
     "storage size": with_payload(legacy_stream().replace(struct.pack("<q", 6), struct.pack("<q", 2**60))),
     "dimensions": in_data(torch.zeros(1), 2).replace(b"K\x01\x85", b"(" + b"K\x01" * 3000 + b"t", 1),

@@ -160,7 +160,7 @@ def test_limit_against_a_loop_over_atoms(max_neighbors: int, step: float) -> Non
     pos = rng.uniform(-2, 2, (40, 3))
     pos = np.unique((pos / step).round(), axis=0) * step if step else pos
     pos = rng.permutation(np.vstack([pos, [[20.0, 0, 0], [-20.0, 0, 0]]]))
-    index, _offsets = graph_of(ase.Atoms("H" * len(pos), positions=pos), cutoff=2.5, max_neighbors=max_neighbors)
+    index, _ = graph_of(ase.Atoms("H" * len(pos), positions=pos), cutoff=2.5, max_neighbors=max_neighbors)
     source, target = np.nonzero(~np.eye(len(pos), dtype=bool))
     lengths = np.linalg.norm(pos[source] - pos[target], axis=1)
     edges = np.stack([source, target])

@@ -7,7 +7,9 @@ import ase
 import pytest
 import torch
 
-from faenet_ocp.models.faenet import EnergyHead, FAENet, ForceHead
+from faenet_ocp.models.base import check_elements
+from faenet_ocp.models.faenet import FAENet
+from faenet_ocp.models.heads import EnergyHead, ForceHead
 from network_inputs import SMALL, build, energies, make_inputs, slabs
 
 
@@ -48,7 +50,7 @@ def test_elements_marked_as_untrained_stay_so_when_saved(batch):
     loaded.load_state_dict(torch.load(file, weights_only=True))
 
     with pytest.raises(ValueError, match=r"element 79 \(Au\), element 92 \(U\)$"):
-        loaded.atom_embedding.check_elements(torch.tensor([92, 1, 79, 79]))
+        check_elements(torch.tensor([92, 1, 79, 79]), loaded.atom_embedding.known_elements)
 
 
 def test_missing_tags(batch):
@@ -114,11 +116,11 @@ def test_unknown_options_are_refused():
 
 
 def test_options_can_be_switched_off_and_on_as_in_ocp():
-    assert build(graph_norm=True)[0].graph_norm == "system"
-    assert build(graph_norm=False)[0].graph_norm == "none"
+    assert build(graph_norm=True)[0].options.graph_norm == "system"
+    assert build(graph_norm=False)[0].options.graph_norm == "none"
     for off in (False, None, ""):
-        assert EnergyHead(energy_head=off, skip_co=off).energy_head == "sum"
-        assert EnergyHead(energy_head=off, skip_co=off).skip_co == "none"
+        assert EnergyHead(energy_head=off, skip_co=off).options.energy_head == "sum"
+        assert EnergyHead(energy_head=off, skip_co=off).options.skip_co == "none"
         assert build(skip_co=off)[0].lin_skip is None
 
 
@@ -139,3 +141,7 @@ def test_sensible_options_do_not_warn():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         FAENet(**SMALL)
+
+
+def test_on_other_devices_the_device_looks_at_the_elements():
+    check_elements(torch.ones(3, dtype=torch.long, device="meta"), torch.ones(119, dtype=torch.bool, device="meta"))

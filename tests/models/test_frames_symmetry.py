@@ -75,43 +75,6 @@ def test_set_differs_when_the_group_lacks_the_motion(clouds):
     assert share_of_equal_sets(2, "E", pos @ rotation(2, reflect=True) + shift(2)) == 1
 
 
-@pytest.mark.parametrize(("dim", "group"), DIM_GROUP)
-@pytest.mark.parametrize("method", ["full", "canonical"])
-@pytest.mark.parametrize(("dtype", "tolerance"), [TIGHT, LOOSE])
-def test_averaged_model_is_exactly_symmetric(clouds, dim, group, method, dtype, tolerance):
-    pos, batch, numbers = clouds
-    system = (pos.to(dtype), batch, numbers)
-
-    def model_frames(s):
-        return frames_of(s, method=method, dim=dim, group=group)
-
-    for seed in range(3):
-        for reflect in [False, True] if group == "E" else [False]:
-            move = rotation(dim, seed=seed, reflect=reflect)
-            assert symmetry_error(system, move, dim, model_frames) < tolerance
-    if method == "canonical":
-        assert (model_frames(system).weight > 0).sum() <= 25  # one frame almost everywhere
-
-
-@pytest.mark.parametrize(("dim", "group"), DIM_GROUP)
-@pytest.mark.parametrize("method", ["det", "none", "stochastic"])
-def test_other_methods_are_not_symmetric(clouds, dim, group, method):
-    def model_frames(s):
-        generator = torch.Generator().manual_seed(0)
-        return frames_of(s, method=method, dim=dim, group=group, generator=generator)
-
-    assert symmetry_error(clouds, rotation(dim), dim, model_frames) > 1e-2
-
-
-@pytest.mark.parametrize("dim", [2, 3])
-@pytest.mark.parametrize("method", ["full", "canonical"])
-def test_se_frames_see_reflections(clouds, dim, method):
-    def model_frames(s):
-        return frames_of(s, method=method, dim=dim, group="SE")
-
-    assert symmetry_error(clouds, rotation(dim, reflect=True), dim, model_frames) > 1e-2
-
-
 @pytest.mark.parametrize("group", ["E", "SE"])
 @pytest.mark.parametrize("name", symmetric_systems())
 def test_undecided_axes_keep_both_signs_and_stay_exact(name, group):

@@ -19,7 +19,9 @@ from torch_geometric.nn import TransformerConv
 from torch_geometric.utils import scatter
 
 from faenet_ocp.common.elements import NUM_GROUPS, PROPERTIES, element_table
-from faenet_ocp.models.faenet import EnergyHead, FAENet, ForceHead
+from faenet_ocp.models.base import check_elements
+from faenet_ocp.models.faenet import FAENet
+from faenet_ocp.models.heads import EnergyHead, ForceHead
 from faenet_ocp.models.reference_weights import load_reference_state_dict
 from network_inputs import make_inputs, slabs
 
@@ -246,15 +248,14 @@ class TestPackage:
     def test_elements_without_weights_are_refused(self, reference):
         net, _, _ = build_ours()
         load_reference_state_dict(build_theirs(reference).state_dict(), model=net)
-        check = net.atom_embedding.check_elements
-
-        check(torch.tensor([1, 29, 57, 72, 84]))
+        known = net.atom_embedding.known_elements
+        check_elements(torch.tensor([1, 29, 57, 72, 84]), known)
         with pytest.raises(ValueError, match=r"element 58 \(Ce\), element 85 \(At\), element 118 \(Og\)$"):
-            check(torch.tensor([118, 85, 78, 58]))
+            check_elements(torch.tensor([118, 85, 78, 58]), known)
         again = build_ours()[0]
         again.load_state_dict(net.state_dict())
         with pytest.raises(ValueError, match=r"element 85 \(At\)"):
-            again.atom_embedding.check_elements(torch.tensor([85]))
+            check_elements(torch.tensor([85]), again.atom_embedding.known_elements)
 
     def test_names_of_wrappers_are_ignored(self, reference, batch):
         theirs = build_theirs(reference)
@@ -309,23 +310,20 @@ class TestPackage:
 C, F, G = 12, 10, 6
 
 
-def fork_weights(lin_e1=(F // 2, 3), lin_geom=(C, F + 2 * C)):
+def fork_weights():
     """Weights of the fork's model with one block, no tags, properties, periods and groups, no norm."""
     torch.manual_seed(4)
     layers = {
         "embed_block.lin": (C, C),
-        "embed_block.lin_e1": lin_e1,
-        "interaction_blocks.0.lin_geom": lin_geom,
+        "embed_block.lin_e1": (F // 2, 3),
+        "embed_block.lin_e12": (F - F // 2, G),
         "interaction_blocks.0.lin_h": (C, C),
         "output_block.lin1": (C // 2, C),
         "output_block.lin2": (1, C // 2),
     }
-    if lin_e1[0] < F:
-        layers["embed_block.lin_e12"] = (F - F // 2, G)
     weights = {"distance_expansion.offset": torch.linspace(0, 4, G), "embed_block.emb.weight": torch.randn(85, C)}
     for name, shape in layers.items():
-        if shape is not None:
-            weights |= {f"{name}.weight": torch.randn(shape), f"{name}.bias": torch.randn(shape[0])}
+        weights |= {f"{name}.weight": torch.randn(shape), f"{name}.bias": torch.randn(shape[0])}
     return weights
 
 
@@ -354,7 +352,7 @@ def test_attention_of_the_fork(kind, conv_class, heads, batch):
     conv = conv_class(C, C, heads=heads, concat=False, root_weight=False, edge_dim=F)
     for parameter in conv.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    weights = fork_weights(lin_geom=None)
+    weights = fork_weights()
     weights |= {f"interaction_blocks.0.lin_geom.{name}": tensor for name, tensor in conv.state_dict().items()}
     assert "interaction_blocks.0.lin_geom.lin_key.bias" in weights
     net, energy_head = build_for_fork(mp_type=kind, att_heads=heads)
@@ -371,45 +369,14 @@ def test_attention_of_the_fork(kind, conv_class, heads, batch):
     assert_equal_outputs(net(**batch.arguments).node_embedding, expected)
 
 
-def test_simple_messages_of_the_fork(batch):
-    weights = fork_weights(lin_geom=(C, F))
-    net, energy_head = build_for_fork(mp_type="simple")
-    load_reference_state_dict(weights, model=net, energy_head=energy_head)
-
-    silu, linear = torch.nn.functional.silu, torch.nn.functional.linear
-    layer = lambda name, x: linear(x, weights[f"{name}.weight"], weights[f"{name}.bias"])  # noqa: E731
-    h = net.atom_embedding(batch.atomic_numbers, None)
-    e = net.edge_embedding(batch.edge_vec)
-    messages = silu(layer("interaction_blocks.0.lin_geom", e)) * h[batch.edge_index[0]]
-    m = torch.stack([messages[batch.edge_index[1] == i].sum(0) for i in range(len(h))])
-    expected = h + silu(layer("interaction_blocks.0.lin_h", m))
-    assert_equal_outputs(net(**batch.arguments).node_embedding, expected)
-
-
-@pytest.mark.parametrize("kind, width", [("rij", 3), ("sh", 15), ("all", 18 + G)])
-def test_edge_embeddings_of_the_fork(kind, width, batch):
-    o3 = pytest.importorskip("e3nn.o3")
-    weights = fork_weights(lin_e1=(F, width))
-    net, energy_head = build_for_fork(edge_embed_type=kind)
-    load_reference_state_dict(weights, model=net, energy_head=energy_head)
-
-    r = batch.edge_vec
-    d = r.norm(dim=1, keepdim=True)
-    step = 4.0 / (G - 1)
-    rbf = torch.exp(-0.5 * ((d - weights["distance_expansion.offset"]) / step) ** 2)
-    squashed = (r / d + 1) / 2
-    sh = o3.spherical_harmonics([1, 2, 3], squashed, normalize=False, normalization="component")
-    features = {"rij": r, "sh": sh, "all": torch.cat([r, sh, rbf], 1)}[kind]
-    e = features @ weights["embed_block.lin_e1.weight"].T + weights["embed_block.lin_e1.bias"]
-    assert_equal_outputs(net.edge_embedding(r), torch.nn.functional.silu(e))
-
-
 def test_force_decoder_of_the_fork_has_dropout_between():
     torch.manual_seed(0)
     theirs = torch.nn.Sequential(
         torch.nn.Linear(C, 7), torch.nn.BatchNorm1d(7), torch.nn.SiLU(), torch.nn.Dropout(0.1), torch.nn.Linear(7, 3)
     ).eval()
-    weights = fork_weights() | {f"decoder.model.{name}": tensor for name, tensor in theirs.state_dict().items()}
+    geom = {"weight": torch.randn(C, F + 2 * C), "bias": torch.randn(C)}
+    weights = fork_weights() | {f"interaction_blocks.0.lin_geom.{name}": tensor for name, tensor in geom.items()}
+    weights |= {f"decoder.model.{name}": tensor for name, tensor in theirs.state_dict().items()}
     net, energy_head = build_for_fork()
     force_head = ForceHead(hidden_channels=C, force_decoder_type="mlp", force_hidden_channels=7).eval()
     load_reference_state_dict(weights, model=net, energy_head=energy_head, force_head=force_head)

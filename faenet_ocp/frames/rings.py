@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from faenet_ocp.frames.rotations import rotation_from_quaternion
+
 MIN_EXTENT = 1e-6
 """Angstrom (root mean square): below it a system has no extent along an axis."""
 
@@ -132,14 +134,3 @@ def system_mean(values: Tensor, batch: Tensor, num_systems: int) -> Tensor:
     """Mean over the atoms of every system: (N, ...) -> (B, ...)."""
     count = system_sum(values.new_ones(len(values)), batch, num_systems).clamp(min=1)
     return system_sum(values, batch, num_systems) / count.reshape(-1, *[1] * (values.dim() - 1))
-
-
-def rotation_from_quaternion(q: Tensor) -> Tensor:
-    """Unit quaternions (B, 4) to rotation matrices (B, 3, 3)."""
-    w, x, y, z = q.unbind(1)
-    rows = [
-        1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y),
-        2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x),
-        2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y),
-    ]  # fmt: skip
-    return torch.stack(rows, dim=1).reshape(-1, 3, 3)

@@ -42,7 +42,7 @@ Equal variances (square slabs, symmetric tops, cubes, single atoms)
     arXiv 2402.16077). With g the difference of the two variances over their sum (plus
     ``LENGTH**2``, so that two axes without extent count as equal) the ring has the share
     (1 - (g/GAP)^2)^2, and none from g = ``GAP`` on: ordinary systems have the frames of eq. (2)
-    alone. The ring begins where the atoms lie (`frame_rings`), so it turns with the system. In 3D each
+    alone. The ring begins where the atoms lie (`frames.rings`), so it turns with the system. In 3D each
     pair of neighbouring axes has its ring; where both pairs are equal, the 60 rotations of an
     icosahedron take the place of both. These do not turn with the system: the energy of a cube or
     a tetrahedron depends on its orientation, as far as 60 directions differ from all.
@@ -56,79 +56,27 @@ sign changes), and so is the beginning of a ring in a system without a direction
 Pass ``pos.detach()`` to hold frames and weights constant.
 """
 
-from collections.abc import Callable, Sequence
-from functools import partial
 from itertools import product
 from math import prod
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from faenet_ocp.frame_rings import (
-    MIN_EXTENT,
-    RING,
-    Part,
-    PrincipalAxes,
-    frame_parts,
-    rotation_from_quaternion,
-    system_mean,
-    system_sum,
-)
+from faenet_ocp.common.checks import choice
+from faenet_ocp.frames.rings import MIN_EXTENT, RING, Part, PrincipalAxes, frame_parts, system_mean, system_sum
+from faenet_ocp.frames.rotations import DIMS, Frames, Generators, Views, draw, embed
 
-Generators = torch.Generator | Sequence[torch.Generator] | None
 METHODS = ("full", "stochastic", "det", "canonical", "none")
-DIMS = (2, 3)
 GROUPS = ("E", "SE")
 
 TIE = 1e-2
 """Share of ``tolerance`` by which the deciding odd invariant must lead one of opposite sign."""
 
 
-class Frames(NamedTuple):
-    """K frames for each of B systems.
-
-    Attributes:
-        rot: U of every frame, (B, K, 3, 3); the identity where the weight is 0.
-        weight: share of every frame in the average, (B, K). Rows sum to 1; 0 marks padding.
-    """
-
-    rot: Tensor
-    weight: Tensor
-
-
-class Views(NamedTuple):
-    """The frames that count, one after the other, sorted by system.
-
-    Attributes:
-        rot: (V, 3, 3).
-        weight: (V,), sums to 1 over the views of a system.
-        system: index of the system seen, (V,).
-    """
-
-    rot: Tensor
-    weight: Tensor
-    system: Tensor
-
-
-class FrameReport(NamedTuple):
-    """Systems in which frames are not unique.
-
-    Attributes:
-        ambiguous: axes, by decreasing variance, whose canonical sign is undecided, (B, d) bool.
-        degenerate: two axes along which the system extends have equal variances, (B,) bool.
-        num_frames: frames that ``canonical`` averages, (B,) int64.
-    """
-
-    ambiguous: Tensor
-    degenerate: Tensor
-    num_frames: Tensor
-
-
 def num_frames(dim: int, group: str) -> int:
     """Number of frames of one system, eq. (2): 8 or 4 in 3D, 4 or 2 in 2D, for E or SE."""
-    _check_choice("dim", dim, DIMS)
-    _check_choice("group", group, GROUPS)
+    choice("dim", dim, DIMS)
+    choice("group", group, GROUPS)
     return 2**dim if group == "E" else 2 ** (dim - 1)
 
 
@@ -167,21 +115,21 @@ def compute_frames(
         ValueError: unknown option, wrong shape, positions that are not finite, or no
             ``atomic_numbers`` for ``canonical``.
     """
-    _check_choice("method", method, METHODS)
-    _check_inputs(pos, batch, num_systems, dim, group)
+    choice("method", method, METHODS)
+    check_inputs(pos, batch, num_systems, dim, group)
     if method == "none":
         rot = torch.eye(3, dtype=pos.dtype, device=pos.device).repeat(num_systems, 1, 1, 1)
         return Frames(rot, torch.ones_like(rot[:, :, 0, 0]))
 
-    principal = _principal_axes(pos, batch, num_systems, dim, group)
-    patterns = _sign_patterns(dim, group, device=pos.device)
+    principal = principal_axes(pos, batch, num_systems, dim, group)
+    patterns = sign_patterns(dim, group, device=pos.device)
     if method == "stochastic":
-        drawn = _draw(len(patterns), num_systems, generator, pos.device)
-        rot = _embed(principal.axes * patterns[drawn].unsqueeze(1)).unsqueeze(1).to(pos.dtype)
+        drawn = draw(len(patterns), num_systems, generator, pos.device)
+        rot = embed(principal.axes * patterns[drawn].unsqueeze(1)).unsqueeze(1).to(pos.dtype)
         return Frames(rot, torch.ones_like(rot[:, :, 0, 0]))
     kept = torch.ones(num_systems, len(patterns), dtype=torch.bool, device=pos.device)
     if method == "canonical":
-        kept = _agreeing(patterns, _sign_lead(principal, batch, atomic_numbers, tolerance), group)
+        kept = agreeing(patterns, sign_lead(principal, batch, atomic_numbers, tolerance), group)
     of_axes, *rings = frame_parts(principal, batch)
     frames = [_signed(of_axes, patterns[:1], kept[:, :1]) if method == "det" else _signed(of_axes, patterns, kept)]
     frames += [_signed(ring, patterns, torch.ones_like(kept)) for ring in rings]
@@ -198,81 +146,6 @@ def pad_frames(frames: Frames, *, dim: int, group: str) -> Frames:
     return Frames(torch.cat([frames.rot, others], dim=1), torch.nn.functional.pad(frames.weight, (0, missing)))
 
 
-def frame_report(
-    pos: Tensor,
-    batch: Tensor,
-    num_systems: int,
-    *,
-    dim: int,
-    group: str,
-    atomic_numbers: Tensor,
-    tolerance: float = 1e-3,
-) -> FrameReport:
-    """Say which systems have undecided canonical axes or a degenerate spectrum.
-
-    Args:
-        pos, batch, num_systems, dim, group, atomic_numbers: as in ``compute_frames``.
-        tolerance: as in ``compute_frames``; two variances whose relative difference is below it
-            count as equal.
-
-    Raises:
-        ValueError: as ``compute_frames``.
-    """
-    _check_inputs(pos, batch, num_systems, dim, group)
-    principal = _principal_axes(pos.detach(), batch, num_systems, dim, group)
-    lead = _sign_lead(principal, batch, atomic_numbers, tolerance)
-    larger, smaller = principal.variance[:, :-1], principal.variance[:, 1:]
-    extended = ~_no_extent(principal.variance, tolerance)[:, :-1]
-    equal = (larger - smaller <= tolerance * larger) & extended
-    frames = compute_frames(
-        pos,
-        batch,
-        num_systems,
-        method="canonical",
-        dim=dim,
-        group=group,
-        atomic_numbers=atomic_numbers,
-        tolerance=tolerance,
-    )
-    return FrameReport(lead == 0, equal.any(dim=1), (frames.weight > 0).sum(dim=1))
-
-
-def random_rotations(
-    num_systems: int,
-    *,
-    dim: int,
-    reflect: bool,
-    generator: Generators = None,
-    dtype: torch.dtype,
-    device: torch.device | str,
-) -> Frames:
-    """Draw one random rotation per system, for data augmentation.
-
-    Args:
-        num_systems: B.
-        dim: 3 for any rotation, 2 for rotations about z.
-        reflect: also draw reflections: half of the matrices then have determinant -1.
-        generator: source of randomness, or one for each system; torch's own if None.
-        dtype: of the result.
-        device: of the result.
-
-    Returns:
-        K = 1 frame per system, uniform (Haar measure) on SO(dim), or on O(dim) with ``reflect``.
-    """
-    _check_choice("dim", dim, DIMS)
-    normals = _each(generator, num_systems, device, partial(torch.randn, dtype=torch.float64), 4)
-    if dim == 3:
-        axes = rotation_from_quaternion(normals / normals.norm(dim=1, keepdim=True))
-    else:
-        cos, sin = (normals[:, :2] / normals[:, :2].norm(dim=1, keepdim=True)).unbind(1)
-        axes = torch.stack([cos, -sin, sin, cos], dim=1).reshape(-1, 2, 2)
-    if reflect:
-        sign = 1 - 2 * _draw(2, num_systems, generator, normals.device)
-        axes = torch.cat([axes[:, :, :1] * sign[:, None, None], axes[:, :, 1:]], dim=2)
-    rot = _embed(axes).to(device=device, dtype=dtype).unsqueeze(1)
-    return Frames(rot, torch.ones_like(rot[:, :, 0, 0]))
-
-
 def flatten_frames(frames: Frames) -> Views:
     """List the frames of non-zero weight, sorted by system."""
     system, slot = (frames.weight > 0).nonzero(as_tuple=True)
@@ -281,38 +154,14 @@ def flatten_frames(frames: Frames) -> Views:
 
 def centroids(pos: Tensor, batch: Tensor, num_systems: int, *, dim: int = 3) -> Tensor:
     """Origin t of the frames, (B, 3): the mean position; its z is 0 when ``dim`` is 2."""
-    _check_choice("dim", dim, DIMS)
+    choice("dim", dim, DIMS)
     mean = system_mean(pos[:, :dim].double(), batch, num_systems)
     return torch.nn.functional.pad(mean, (0, 3 - dim)).to(pos.dtype)
 
 
-def rotate(vectors: Tensor, rot: Tensor) -> Tensor:
-    """Take row vectors into frames, eq. (3): ``v @ U``.
-
-    Elementwise on purpose: a matrix product would lose digits under autocast or TF32.
-
-    Args:
-        vectors: one vector per matrix, (M, 3), or a cell's three lattice rows, (M, 3, 3).
-        rot: U, (M, 3, 3).
-    """
-    if vectors.dim() == 3:
-        rot = rot.unsqueeze(1)
-    return (vectors.unsqueeze(-1) * rot).sum(dim=-2)
-
-
-def rotate_back(vectors: Tensor, rot: Tensor) -> Tensor:
-    """Take row vectors out of frames again: ``v @ U^T``. Arguments as for ``rotate``."""
-    return rotate(vectors, rot.transpose(-1, -2))
-
-
-def _check_choice(name: str, value: object, allowed: Sequence[object]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}")
-
-
-def _check_inputs(pos: Tensor, batch: Tensor, num_systems: int, dim: int, group: str) -> None:
-    _check_choice("dim", dim, DIMS)
-    _check_choice("group", group, GROUPS)
+def check_inputs(pos: Tensor, batch: Tensor, num_systems: int, dim: int, group: str) -> None:
+    choice("dim", dim, DIMS)
+    choice("group", group, GROUPS)
     if pos.dim() != 2 or pos.shape[1] != 3 or not pos.is_floating_point():
         raise ValueError(f"pos must be floating point (N, 3), not {pos.dtype} {tuple(pos.shape)}")
     if batch.shape != pos.shape[:1]:
@@ -323,7 +172,7 @@ def _check_inputs(pos: Tensor, batch: Tensor, num_systems: int, dim: int, group:
         raise ValueError(f"pos of systems {systems} (of {num_systems}) holds nan or infinity")
 
 
-def _principal_axes(pos: Tensor, batch: Tensor, num_systems: int, dim: int, group: str) -> PrincipalAxes:
+def principal_axes(pos: Tensor, batch: Tensor, num_systems: int, dim: int, group: str) -> PrincipalAxes:
     """Diagonalise the covariance of every system; signs as in method ``det``."""
     coordinates = pos[:, :dim].double()
     centred = coordinates - system_mean(coordinates, batch, num_systems)[batch]
@@ -345,24 +194,24 @@ def _signed(part: Part, patterns: Tensor, kept: Tensor) -> Frames:
     turned = part.axes.unsqueeze(1) @ part.turns  # (B, T, d, d)
     weight = part.share.unsqueeze(1) * kept / (kept.sum(dim=1, keepdim=True) * turned.shape[1])
     rot = (turned.unsqueeze(2) * patterns.unsqueeze(1)).flatten(1, 2)
-    return Frames(_embed(rot), weight.repeat(1, turned.shape[1]))
+    return Frames(embed(rot), weight.repeat(1, turned.shape[1]))
 
 
-def _sign_patterns(dim: int, group: str, device: torch.device) -> Tensor:
+def sign_patterns(dim: int, group: str, device: torch.device) -> Tensor:
     """Signs of the axes in every frame, (K, d), no sign changed first; SE: only products of +1."""
     patterns = product((1.0, -1.0), repeat=dim)
     kept = [pattern for pattern in patterns if group == "E" or prod(pattern) > 0]
     return torch.tensor(kept, dtype=torch.float64, device=device)
 
 
-def _no_extent(variance: Tensor, tolerance: float) -> Tensor:
+def no_extent(variance: Tensor, tolerance: float) -> Tensor:
     """Axes along which a system has no extent, (B, d)."""
     extent = variance.clamp(min=0).sqrt()
     return extent <= (tolerance * extent[:, :1]).clamp(min=MIN_EXTENT)
 
 
 @torch.no_grad()
-def _sign_lead(principal: PrincipalAxes, batch: Tensor, atomic_numbers: Tensor | None, tolerance: float) -> Tensor:
+def sign_lead(principal: PrincipalAxes, batch: Tensor, atomic_numbers: Tensor | None, tolerance: float) -> Tensor:
     """By how much the odd invariants favour the present direction of an axis, (B, d).
 
     Positive: keep the direction; negative: turn the axis; exactly 0: undecided.
@@ -383,38 +232,14 @@ def _sign_lead(principal: PrincipalAxes, batch: Tensor, atomic_numbers: Tensor |
     lead = ahead - behind
     undecided = torch.maximum(ahead, behind) < tolerance
     undecided |= lead.abs() < TIE * tolerance
-    undecided |= _no_extent(principal.variance, tolerance)
+    undecided |= no_extent(principal.variance, tolerance)
     return lead.masked_fill(undecided, 0.0)
 
 
-def _agreeing(patterns: Tensor, lead: Tensor, group: str) -> Tensor:
+def agreeing(patterns: Tensor, lead: Tensor, group: str) -> Tensor:
     """Sign patterns that agree with the decided axes of every system, (B, K), at least one."""
     decided = lead != 0
     if group == "SE":
         decided = decided & (decided.cumsum(dim=1) < lead.shape[1])
     agrees = patterns.unsqueeze(0) * lead.unsqueeze(1) > 0
     return (agrees | ~decided.unsqueeze(1)).all(dim=2)
-
-
-def _draw(upper: int, count: int, generator: Generators, device: torch.device) -> Tensor:
-    """Uniform integers below ``upper``, (count,), drawn where the generator lives."""
-    return _each(generator, count, device, partial(torch.randint, upper)).to(device)
-
-
-def _each(
-    generator: Generators, count: int, device: torch.device | str, draw: Callable[..., Tensor], *shape: int
-) -> Tensor:
-    """Draws (count, *shape), from one generator or a row from each of `count`."""
-    if generator is None or isinstance(generator, torch.Generator):
-        source = torch.device(device) if generator is None else generator.device
-        return draw((count, *shape), generator=generator, device=source)
-    return torch.cat([draw((1, *shape), generator=one, device=one.device) for one in generator])
-
-
-def _embed(axes: Tensor) -> Tensor:
-    """(..., d, d) to (..., 3, 3), z kept when d is 2."""
-    if axes.shape[-1] == 3:
-        return axes
-    z = torch.tensor([0.0, 0.0, 1.0], dtype=axes.dtype, device=axes.device)
-    wide = torch.nn.functional.pad(axes, (0, 1))
-    return torch.cat([wide, z.expand(*axes.shape[:-2], 1, 3)], dim=-2)
