@@ -86,8 +86,11 @@ class CompositionFit:
 
     def unseen(self, composition: Tensor) -> Tensor:
         """True for systems that hold an element never seen in the fit, (B,) bool on the CPU."""
-        missing = torch.tensor([c is None for c in self.coefficients])
-        return (_check_composition(composition)[:, missing] > 0).any(dim=1)
+        return (_check_composition(composition)[:, self.unseen_elements()] > 0).any(dim=1)
+
+    def unseen_elements(self) -> Tensor:
+        """True for elements never seen in the fit, by atomic number, (119,) bool."""
+        return torch.tensor([c is None for c in self.coefficients])
 
     def to_dict(self) -> dict[str, Any]:
         """The fit as JSON-ready data (never seen = null)."""

@@ -149,6 +149,13 @@ def conservative_outputs(model: nn.Module, tasks: Sequence[Task], batch: AtomicD
     return outputs
 
 
+def unseen_elements(tasks: Sequence[Task], fits: Mapping[str, CompositionFit]) -> Tensor:
+    """Elements that the training set lacks, as far as its statistics or fitted references tell, (119,) bool."""
+    unseen = [fit.unseen_elements() for fit in fits.values()]
+    unseen += [task.element_references.coefficients.cpu() == 0 for task in tasks if task.element_references is not None]
+    return torch.stack([torch.zeros(NUM_ELEMENTS, dtype=torch.bool), *unseen]).any(dim=0)
+
+
 def tasks_state(tasks: Sequence[Task]) -> dict[str, Any]:
     """Normalisers and references as plain data for a checkpoint."""
     return {

@@ -11,8 +11,9 @@ from torch.utils.data import Dataset
 
 from faenet_ocp import build
 from faenet_ocp.checkpoint import load_checkpoint
-from faenet_ocp.config.schema import Config
+from faenet_ocp.config.schema import Config, SourceConfig
 from faenet_ocp.training.optim import make_optimizer
+from faenet_ocp.training.samples import check_samples
 
 
 @registry.register_trainer("faenet")
@@ -49,6 +50,7 @@ class FAENetTrainer:
         build.make_model(self.config)
         if not self.datasets():
             raise ValueError("dataset: no splits are given")
+        check_samples(self.config, self._sources(), mode=self.mode)
 
     def datasets(self) -> dict[str, Dataset]:
         """Data sets of the splits that the mode uses, by the name of the split.
@@ -56,20 +58,24 @@ class FAENetTrainer:
         Raises:
             ValueError: one cannot be opened; names the split.
         """
-        given, opened = self.config.dataset, {}
-        sources = {"train": given.train} if given.train is not None and self.mode in ("train", "check") else {}
-        sources |= given.test if self.mode == "predict" and given.test else given.val
-        if self.mode == "check":
-            sources |= {f"test {split}": source for split, source in given.test.items()}
-        for split, source in sources.items():
+        opened = {}
+        for split, source in self._sources().items():
             labelled = self.mode != "predict" and not split.startswith("test ")
             try:
                 opened[split] = build.make_dataset(
-                    self.config, source, training=source is given.train, labelled=labelled
+                    self.config, source, training=source is self.config.dataset.train, labelled=labelled
                 )
             except (ValueError, OSError) as error:
                 raise ValueError(f"dataset, split {split}: {error}") from error
         return opened
+
+    def _sources(self) -> dict[str, SourceConfig]:
+        given = self.config.dataset
+        sources = {"train": given.train} if given.train is not None and self.mode in ("train", "check") else {}
+        sources |= given.test if self.mode == "predict" and given.test else given.val
+        if self.mode == "check":
+            sources |= {f"test {split}": source for split, source in given.test.items()}
+        return sources
 
     def unusable_records(self) -> dict[str, list[str]]:
         """Reads every record of every split in several processes: for each split, what cannot be used and why."""
