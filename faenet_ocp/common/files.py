@@ -146,11 +146,6 @@ def expand_path(path: str | Path) -> str:
     return os.path.expandvars(os.path.expanduser(path))
 
 
-def expand_path(path: str | Path) -> str:
-    """A path with `~` and `$VARIABLES` as a shell would put them in; what is not set stays as it is."""
-    return os.path.expandvars(os.path.expanduser(path))
-
-
 def software_versions() -> dict[str, str | None]:
     """Python and the packages whose change could change a result; None for one that is only on the path."""
     found: dict[str, str | None] = {"python": platform.python_version()}
