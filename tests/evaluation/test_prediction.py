@@ -165,7 +165,7 @@ def test_submission_refuses_what_does_not_fit(checkpoint: Path, predictions: Pat
         ("more than once", {"ids": repeated}),
         ("1 ids have no prediction", {"ids": unknown}),
         ("energies or chunks for another number", {"energy": whole["energy"][:-1]}),
-        ("a force component of 7e\\+04 eV/A is too large for float16", {"forces": whole["forces"] + np.float32(7e4)}),
+        ("a force component of 7e\\+04 eV/A is too large for float16", {"forces": np.full_like(whole["forces"], 7e4)}),
         ("lacks forces; is it of task s2ef", {"forces": None}),
         ("there is no such file", None),
     ):
