@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from faenet_ocp.common.checks import RecordError
-from faenet_ocp.common.files import exclusive, publish
+from faenet_ocp.common.files import exclusive, file_state, publish
 from faenet_ocp.common.pool import ordered_map
 from faenet_ocp.data.fields import Fields
 from faenet_ocp.data.lmdb_files import PACKED_KEY, LmdbFile, resolve_files
@@ -76,13 +76,7 @@ def pack(data_path: str | Path, out_path: str | Path, *, num_workers: int = 1) -
 
 def _pack_file(source: LmdbFile, target: Path, num_workers: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Pack one file; natoms and neighbors of its records."""
-    state = source.path.stat()
-    made_from = {
-        "name": source.path.name,
-        "bytes": state.st_size,
-        "records": len(source),
-        "mtime_ns": state.st_mtime_ns,
-    }
+    made_from = {"name": source.path.name, "records": len(source), "state": file_state(source.path)}
     if not target.exists():
         _write(source, target, made_from, num_workers)
     else:
