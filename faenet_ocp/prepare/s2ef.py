@@ -310,10 +310,10 @@ def _write_all(shards: list[_Shard], num_workers: int) -> None:
 
 def _write_shard(shard: _Shard) -> int | FormatError:
     """Write one shard: the number of its frames, or what is wrong with an input file."""
-    inputs = {"inputs": _input_states(shard), "digests": _input_digests(shard)}
     natoms, neighbors = [], []
     try:
         with LmdbShardWriter(shard.path, overwrite=True) as writer:
+            inputs = {"inputs": _input_states(shard), "digests": _input_digests(shard)}
             for pair in shard.pairs:
                 for frame, log in _read_pair(pair, shard.options):
                     try:
