@@ -4,6 +4,7 @@ Every name may be a registered short name or a dotted import path. Arguments are
 they are for, so that a misspelt option is an error before any work starts.
 """
 
+import glob
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ def _open(
 ) -> Dataset:
     given = [source.src] if isinstance(source.src, str) else source.src
     settings = {
-        "src": [str(Path(config.dataset.root) / path) for path in given],
+        "src": [_below(config.dataset.root, path) for path in given],
         "key_mapping": config.dataset.key_mapping or None,
         "transforms": transforms,
         "edges": edges or config.dataset.edges,
@@ -67,7 +68,28 @@ def _open(
         **{name: config.model.get(name, default) for name, default in _GRAPH.items()},
     }
     cls = _registered("dataset.format", config.dataset.format, registry.get_dataset_class, "dataset_name_mapping")
-    return cls(settings)
+    try:
+        return cls(settings)
+    except FileNotFoundError as error:
+        if Path(config.dataset.root).is_absolute():
+            raise
+        where = f"dataset.root: {config.dataset.root!r} is a folder below the working folder, {Path.cwd()}"
+        raise FileNotFoundError(f"{error}; {where}") from error
+
+
+def _below(root: str, path: str) -> str:
+    """A path below the root; in a pattern, only the path's own brackets and stars mean more than themselves."""
+    is_pattern = glob.has_magic(path) and not (Path(root) / path).exists()
+    return str(Path(glob.escape(root) if is_pattern else root) / path)
+
+
+def fingerprint(config: Config, source: SourceConfig) -> dict[str, Any]:
+    """What tells the data of a split from others: `OC20LmdbDataset.fingerprint`; of other data sets, size and names."""
+    dataset = make_label_dataset(config, source)
+    if hasattr(dataset, "fingerprint"):
+        return dataset.fingerprint()
+    names = f"{source.src} {config.dataset.root} {config.dataset.format} {config.dataset.key_mapping}"
+    return {"num_systems": len(dataset), "content": names, "files": names}  # type: ignore[arg-type]
 
 
 def _frame_transform(config: Config, *, training: bool) -> dict[str, dict[str, Any]]:

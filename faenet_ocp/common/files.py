@@ -8,10 +8,11 @@ import math
 import os
 import platform
 import secrets
+import time
 from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 logger = logging.getLogger(__name__)
 
@@ -94,21 +95,55 @@ def remove_leftovers(folder: str | Path) -> int:
     return len(leftovers)
 
 
+_locks: set[IO[str]] = set()
+
+
+def _leave_locks_to_the_parent() -> None:
+    for file in _locks:  # a lock lives as long as anyone has its file open: loader workers would keep a dead run's
+        file.close()
+
+
+os.register_at_fork(after_in_child=_leave_locks_to_the_parent)
+
+
 @contextlib.contextmanager
-def exclusive(lock: Path, folder: Path) -> Iterator[None]:
+def exclusive(lock: Path, folder: Path, *, patience: float = 0.0) -> Iterator[None]:
     """Makes a folder ours alone by the lock on a file; the lock goes with the process, however that ends.
+
+    Args:
+        lock: the file.
+        folder: named in messages.
+        patience: seconds to wait for another process to end.
 
     Raises:
         ValueError: another process is writing there.
     """
+    deadline = time.monotonic() + patience
     with lock.open("w") as file:
+        _locks.add(file)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{folder}: another process is writing there") from None
-        except OSError as error:  # some network file systems have no locks
-            logger.warning("%s: cannot be locked (%s); do not start a second process there", folder, error)
-        yield
+            while not _try_to_lock(file, folder):
+                if time.monotonic() >= deadline:
+                    raise ValueError(f"{folder}: another process is writing there; wait for its end, or stop it")
+                time.sleep(min(1.0, patience))
+            yield
+        finally:
+            _locks.discard(file)
+
+
+def _try_to_lock(file: IO[str], folder: Path) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:  # some network file systems have no locks
+        logger.warning("%s: cannot be locked (%s); do not start a second process there", folder, error)
+    return True
+
+
+def expand_path(path: str | Path) -> str:
+    """A path with `~` and `$VARIABLES` as a shell would put them in; what is not set stays as it is."""
+    return os.path.expandvars(os.path.expanduser(path))
 
 
 def file_state(path: str | Path) -> list[int]:

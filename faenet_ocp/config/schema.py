@@ -7,13 +7,17 @@ knows the registry.
 
 import re
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from faenet_ocp.common.checks import nearest
+from faenet_ocp.common.files import expand_path
 from faenet_ocp.config.messages import explain
 from faenet_ocp.targets import TASKS, Target, metrics_of, resolve
+
+PathText = Annotated[str, AfterValidator(expand_path)]
+"""A path in which `~` and environment variables mean what they mean to a shell."""
 
 
 class _Section(BaseModel):
@@ -42,7 +46,7 @@ class FramesConfig(_Section):
 class SourceConfig(_Section):
     """Where one split lies: a file, a folder of shards, a glob, or a list of these, below `dataset.root`."""
 
-    src: str | list[str]
+    src: PathText | list[PathText]
 
 
 class DatasetConfig(_Section):
@@ -52,7 +56,7 @@ class DatasetConfig(_Section):
     """
 
     name: str = "OC20"
-    root: str = "data"
+    root: PathText = "data"
     format: str = "oc20_lmdb"
     key_mapping: dict[str, str] = {}
     edges: Literal["stored", "recompute"] = "stored"
@@ -171,7 +175,7 @@ class LoggerConfig(_Section):
 class JobConfig(_Section):
     """`job:` the run itself; each key has a command line flag of the same name."""
 
-    run_dir: str = "runs"
+    run_dir: PathText = "runs"
     identifier: str | None = None
     seed: int = Field(default=0, ge=0)
     num_gpus: int = Field(default=1, ge=1)

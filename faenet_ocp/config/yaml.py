@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from faenet_ocp.common.files import expand_path
 from faenet_ocp.config.schema import Config
 
 
@@ -44,7 +45,7 @@ _Loader.add_implicit_resolver(
 
 def find_config(path: str | Path) -> Path:
     """Resolves a config path: as given, else among the shipped configs (`configs/is2re/faenet.yml`)."""
-    given = Path(path)
+    given = Path(expand_path(path))
     if given.is_file():
         return given
     relative = Path(*given.parts[1:]) if given.parts[:1] == ("configs",) else given
@@ -81,7 +82,7 @@ def load_yaml(path: Path, _chain: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise ValueError(f"{path}: includes: expected a list of files, got {includes!r}")
     merged: dict[str, Any] = {}
     for include in includes:
-        target = path.parent / str(include)
+        target = path.parent / expand_path(str(include))
         if not target.is_file():
             raise ValueError(f"{path}: includes: {include}: there is no such file")
         merged = merge(merged, load_yaml(target, (*_chain, path)))

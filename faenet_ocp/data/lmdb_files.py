@@ -97,6 +97,13 @@ class LmdbFile:
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_env": None, "_pid": None}
 
+    def state(self) -> str:
+        """Place, size, inode, time of change, number of LMDB's last transaction: another once the file has changed."""
+        status = self.path.stat()
+        with self._errors(), self._open() as env:
+            transaction = env.info()["last_txnid"]
+        return f"{self.path.resolve()} {status.st_size} {status.st_ino} {status.st_mtime_ns} {transaction}"
+
     def read(self, position: int) -> bytes:
         """Return the value of the record at `position` (0 ... len-1).
 

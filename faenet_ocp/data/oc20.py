@@ -4,6 +4,7 @@ Registered with fairchem as ``oc20_lmdb`` and, for OCP configs, ``lmdb``, ``sing
 Shapes: n atoms and e edges of one sample. Energies in eV, forces in eV/A, lengths in A.
 """
 
+import copy
 import hashlib
 import io
 import itertools
@@ -37,6 +38,7 @@ logger = logging.getLogger(__name__)
 NAMES = ("oc20_lmdb", "lmdb", "single_point_lmdb", "trajectory_lmdb")
 EDGES = ("stored", "recompute", "none")
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
+_LOOKED_AT = 256
 _OWN_KEYS = ("src", "labels", "key_mapping", "edges", "cutoff", "max_neighbors", "transforms", "seed", "dtype")
 # Read by fairchem's create_dataset from the same mapping.
 _HOST_KEYS = ("format", "first_n", "sample_n", "no_shuffle", "max_atoms", "subset_to")
@@ -165,6 +167,33 @@ class OC20LmdbDataset(BaseDataset[AtomicData]):
     def _generator(self, epoch: int, index: int) -> torch.Generator:
         (seed,) = np.random.SeedSequence([self.seed, epoch, index]).generate_state(1, np.uint64)
         return torch.Generator().manual_seed(int(seed))
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What tells these data from others, in a second for any number of systems; transforms and edges do not matter.
+
+        - num_systems: how many there are.
+        - content: digest of sids, elements, positions and labels of up to 256 samples, spread evenly. It stays the same
+          when files are moved, copied or packed.
+        - files: digest of the files' `LmdbFile.state` and of where labels are looked for. It changes with every write
+          to a file, whatever was written.
+
+        Raises:
+            RecordError: one of the samples cannot be used; names file, record and reason.
+        """
+        plain = copy.copy(self)
+        plain._reading, plain.transforms = self._reading._replace(edges="none"), Compose({})
+        files = [str(sorted(self._reading.labels.items())), *(file.state() for file in self.files)]
+        content = hashlib.sha256()
+        used = min(self.num_samples, _LOOKED_AT)
+        for number in range(used):
+            sample = plain._load([number * self.num_samples // used])
+            arrays = [sample[name] for name in ("atomic_numbers", "pos", *self._reading.labels)]
+            content.update(b"".join([sample.sid[0].encode(), *(array.numpy().tobytes() for array in arrays)]))
+        return {
+            "num_systems": self.num_samples,
+            "content": content.hexdigest()[:16],
+            "files": hashlib.sha256("\n".join(files).encode()).hexdigest()[:16],
+        }
 
     # Sizes
 

@@ -1,11 +1,11 @@
 """The command line: `python main.py --config ...` and `faenet-ocp --config ...`."""
 
 import argparse
+import contextlib
 import logging
-import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from importlib import import_module
 from pathlib import Path
@@ -15,7 +15,7 @@ import yaml
 
 from faenet_ocp.common import log_setup
 from faenet_ocp.common.checks import nearest
-from faenet_ocp.common.files import write_text
+from faenet_ocp.common.files import exclusive, expand_path, write_text
 from faenet_ocp.config.messages import without_removed
 from faenet_ocp.config.schema import Config, build_config
 from faenet_ocp.config.yaml import find_config, load_yaml, merge, parse_overrides, parse_value
@@ -25,22 +25,18 @@ if TYPE_CHECKING:
     from faenet_ocp.training.trainer import FAENetTrainer
 
 _JOB_FLAGS = ("run_dir", "identifier", "seed", "num_gpus", "num_nodes", "cpu", "amp", "debug", "print_every")
-_HARMLESS_KEYS = (
-    r"logger\b|slurm\b|evaluation_metrics\.metrics\b|dataset\.test\b"
-    r"|job\.(run_dir|identifier|num_gpus|num_nodes|cpu|debug|print_every)$"
-    r"|optim\.(num_workers|worker_context|balance|eval_batch_size|checkpoint_every|keep_checkpoints|on_write_error)$"
-)
-"""What a run may go on with and still end where it would have, but for rounding; all else changes the results."""
+_COMMENT = "# "
 _SLURM_FLAGS = ("partition", "account", "qos", "time", "mem_gb", "cpus_per_task")
 
 
 class _Run(NamedTuple):
-    """A checked run that can begin; `values` are those of a sweep."""
+    """A checked run that can begin; `values` are those of a sweep, `changes` to a run that goes on."""
 
     config: Config
     trainer: "FAENetTrainer"
     folder: Path
     values: dict[str, Any]
+    changes: list[str]
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -145,6 +141,8 @@ def _prepare(raw: dict[str, Any], flags: argparse.Namespace, values: dict[str, A
     if not (config.job.cpu or flags.submit or torch.cuda.is_available()):
         logging.info("no GPU is available here: running on the CPU")
         config = config.model_copy(update={"job": config.job.model_copy(update={"cpu": True})})
+    if not (config.job.cpu or flags.submit) and config.job.num_gpus > torch.cuda.device_count():
+        raise ValueError(f"job.num_gpus: {config.job.num_gpus}, but {torch.cuda.device_count()} GPUs are here")
     try:
         trainer_class = registry.get_trainer_class(config.trainer)
     except (RuntimeError, KeyError, ValueError) as error:
@@ -152,7 +150,8 @@ def _prepare(raw: dict[str, Any], flags: argparse.Namespace, values: dict[str, A
         raise ValueError(f"trainer: {config.trainer!r} is not registered{nearest(config.trainer, known)}") from error
     trainer = trainer_class(config, mode=flags.mode, checkpoint=flags.checkpoint)
     trainer.check()
-    return _Run(config, trainer, _run_folder(config, flags.mode), values or {})
+    folder = _run_folder(config, flags.mode)
+    return _Run(config, trainer, folder, values or {}, trainer.check_resumption(folder))
 
 
 def _prepare_sweep(raw: dict[str, Any], flags: argparse.Namespace) -> list[_Run]:
@@ -178,8 +177,9 @@ def _check_data(run: _Run) -> int:
 
 
 def _run_here(run: _Run, mode: str) -> int:
-    _write_configs(run, mode)
-    local_ranks.launch(local_ranks.fairchem_config(run.trainer.build(run.folder)))
+    with _owned(run.folder):
+        _write_configs(run, mode)
+        local_ranks.launch(local_ranks.fairchem_config(run.trainer.build(run.folder)))
     return _show(run.folder, mode)
 
 
@@ -218,7 +218,8 @@ def _submit(runs: Sequence[_Run], flags: argparse.Namespace) -> int:
         sys.stdout.write(f"{submission.script(len(runs))}\n{values}{says}nothing was submitted\n")
         return 0
     for run in runs:
-        _write_configs(run, flags.mode)
+        with _owned(run.folder):
+            _write_configs(run, flags.mode)
     prepared = {run.folder: slurm.for_slurm(run.trainer.build(run.folder), run.config) for run in runs}
     jobs = submission.submit({path: local_ranks.fairchem_config(job) for path, job in prepared.items()})
     for run, job in zip(runs, jobs, strict=True):
@@ -239,7 +240,7 @@ def _merge(flags: argparse.Namespace, overrides: Sequence[str]) -> dict[str, Any
     else:
         raise ValueError("--config: missing; e.g. --config configs/is2re/faenet.yml (--help lists the flags)")
     if flags.checkpoint is not None:
-        flags.checkpoint = str(Path(flags.checkpoint).resolve())
+        flags.checkpoint = str(Path(expand_path(flags.checkpoint)).resolve())
     job = {name: getattr(flags, name) for name in _JOB_FLAGS if getattr(flags, name) is not None}
     given = {name: getattr(flags, f"slurm_{name}") for name in _SLURM_FLAGS}
     slurm: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
@@ -257,28 +258,32 @@ def _run_folder(config: Any, mode: str) -> Path:
     return folder
 
 
+@contextlib.contextmanager
+def _owned(folder: Path) -> Iterator[None]:
+    """The folder of a run is this command's alone, and no ranks of a killed one, or of a job, are at work in it.
+
+    Raises:
+        ValueError: another process is writing there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with exclusive(folder / ".lock", folder):
+        with exclusive(folder / local_ranks.LOCK, folder):
+            pass
+        yield
+
+
 def _write_configs(run: _Run, mode: str) -> None:
     name = "config.yml" if mode == "train" else f"config_{mode}.yml"
-    _write_config(run.folder / name, run.config.model_dump(mode="json"))
+    _write_config(run.folder / name, run.config.model_dump(mode="json"), run.changes)
     if run.values:
         _write_config(run.folder / "sweep_values.yml", run.values)
 
 
-def _write_config(path: Path, content: dict[str, Any]) -> None:
-    """Writes the resolved configuration; where a run goes on, says which keys changed and which of them matter."""
-    if path.is_file():
-        before, now = (dict(sweep.flat(c)) for c in (without_removed(yaml.safe_load(path.read_text())), content))
-        for key in sorted(set(before) | set(now)):
-            if before.get(key) != now.get(key):
-                harmless = re.match(_HARMLESS_KEYS, key)
-                logging.log(
-                    logging.INFO if harmless else logging.WARNING,
-                    "%s: the run began with %r, goes on with %r (%s)",
-                    *(key, before.get(key), now.get(key)),
-                    "changes nothing but how it runs" if harmless else "changes the results",
-                )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, yaml.safe_dump(content, sort_keys=False))
+def _write_config(path: Path, content: dict[str, Any], comments: Sequence[str] = ()) -> None:
+    """Writes a configuration; what the run began with and has changed since stands below it, as comments."""
+    before = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    lines = [line for line in before if line.startswith(_COMMENT)] + [_COMMENT + comment for comment in comments]
+    write_text(path, yaml.safe_dump(content, sort_keys=False) + "".join(f"{line}\n" for line in lines))
 
 
 def _show(folder: Path, mode: str) -> int:

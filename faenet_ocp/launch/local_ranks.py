@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 _STOP = (signal.SIGINT, signal.SIGTERM)
 _PASSED_ON = signal.SIGUSR1
+LOCK = ".rank0.lock"
+"""In a run's folder: held by its first rank, which may live longer than the command that started it."""
 WRONG_INPUT = 2
 """Exit status after a ValueError: configuration or data are at fault."""
 

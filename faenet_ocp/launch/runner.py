@@ -5,6 +5,7 @@ A run lives in one folder: `config.yml` (resolved), `checkpoints/`, `logs/`, `re
 
 import os
 import signal
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -14,10 +15,14 @@ from fairchem.core.components.runner import Runner
 from fairchem.core.launchers.api import SchedulerType
 
 from faenet_ocp.checkpoint import load_checkpoint
+from faenet_ocp.common.files import exclusive
 from faenet_ocp.config.schema import Config, build_config
 from faenet_ocp.evaluation.evaluator import Evaluator
-from faenet_ocp.launch.local_ranks import rank_errors, say, stop_signals
+from faenet_ocp.launch.local_ranks import LOCK, rank_errors, say, stop_signals
 from faenet_ocp.training.run import TrainingRun
+
+_PATIENCE = 300.0
+"""Seconds that a job waits for the lock of its predecessor: a file server learns late that a node has died."""
 
 
 class OCPRunner(Runner):
@@ -54,10 +59,16 @@ class OCPRunner(Runner):
         """Trains if asked to, then evaluates or predicts and writes the results."""
         with rank_errors():
             if self.job_config.scheduler.mode != SchedulerType.LOCAL:  # SLURM has its own way of asking for an end
-                self._run()
+                with self._folder_lock(patience=_PATIENCE):
+                    self._run()
                 return
-            with stop_signals(self._stop):
+            with self._folder_lock(), stop_signals(self._stop):
                 self._run()
+
+    def _folder_lock(self, *, patience: float = 0.0) -> AbstractContextManager[None]:
+        if not distutils.is_master():
+            return nullcontext()
+        return exclusive(self.folder / LOCK, self.folder, patience=patience)
 
     def _stop(self, status: int) -> None:
         if self._training is None or not self._training.request_stop(status):

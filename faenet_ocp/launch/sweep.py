@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from faenet_ocp.common.files import expand_path
+from faenet_ocp.config.changes import flat
 from faenet_ocp.config.yaml import load_yaml, merge
 
 Grid = dict[str, list[Any]]
@@ -32,7 +34,7 @@ def load_grid(path: str | Path) -> Grid:
     Raises:
         ValueError: no such file, no keys, a key without a list of values, a value or key given twice.
     """
-    path = Path(path)
+    path = Path(expand_path(path))
     if not path.is_file():
         raise ValueError(f"--sweep-yml {path}: there is no such file")
     grid: Grid = {}
@@ -71,12 +73,3 @@ def expand(raw: Mapping[str, Any], grid: Grid, identifier: str) -> list[Element]
         merged = merge(merged, {"job": {"identifier": f"{identifier}_run{number}"}})
         elements.append(Element(values, merged))
     return elements
-
-
-def flat(content: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Dotted keys and values of a nested mapping; a key that is given nested and dotted is there twice."""
-    found = []
-    for name, value in content.items():
-        key = f"{prefix}{name}"
-        found += flat(value, f"{key}.") if isinstance(value, Mapping) else [(key, value)]
-    return found

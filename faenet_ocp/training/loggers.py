@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -45,15 +46,47 @@ class _WandB:
             entity=settings.entity,
             settings=wandb.Settings(mode=settings.mode),
         )
-        self.logger = WandBSingletonLogger.get_instance()
+        # W&B's own step only grows, and drops what comes later for a smaller one, as metrics of an evaluation do.
+        wandb.define_metric("step")
+        wandb.define_metric("*", step_metric="step")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        self.logger.log(dict(values), step=step, commit=True)
+        import wandb
+
+        wandb.log({"step": step, **values})
 
     def close(self) -> None:
         import wandb
 
         wandb.finish()
+
+
+def check_logger(settings: LoggerConfig) -> None:
+    """What a logger needs is there, before the work that it is to log.
+
+    Raises:
+        ValueError: a package or, for W&B, a login is missing.
+    """
+    if settings.name == "none":
+        return
+    package = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}[settings.name]
+    try:
+        import_module(package)
+    except ImportError as error:
+        message = f"logger.name: {settings.name} cannot be imported ({error}); install it, or choose another logger"
+        raise ValueError(message) from error
+    if settings.name == "wandb" and settings.mode == "online":
+        import wandb
+
+        try:
+            logged_in = wandb.login(verify=False)
+        except wandb.errors.Error as error:
+            raise ValueError(f"logger.name: wandb: {error}; {_OFFLINE}") from error
+        if not logged_in:
+            raise ValueError(f"logger.name: wandb: no login; {_OFFLINE}")
+
+
+_OFFLINE = "`wandb login` once, set WANDB_API_KEY, or choose logger.mode: offline"
 
 
 class MetricLogger:

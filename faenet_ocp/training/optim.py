@@ -13,18 +13,25 @@ from faenet_ocp.config.schema import OptimConfig
 _Tensors = tuple[Tensor, ...] | list[Tensor]
 
 
+def total_steps(optim: OptimConfig, steps_per_epoch: int) -> int:
+    """Optimiser steps of a run."""
+    total = optim.max_epochs * steps_per_epoch
+    return min(total, optim.max_steps) if optim.max_steps else total
+
+
+def warn_of_long_warmup(optim: OptimConfig, total_steps: int) -> None:
+    """Says that the learning rate never gets to where it is to begin."""
+    if optim.warmup_steps >= total_steps:
+        message = "optim.warmup_steps: %d, but training has only %d steps: the learning rate never reaches lr_initial"
+        logging.warning(message, optim.warmup_steps, total_steps)
+
+
 def learning_rate_schedule(optim: OptimConfig, total_steps: int) -> Callable[[int], float]:
     """Factor of `lr_initial` by step: linear warm-up from `warmup_factor` to 1, then a cosine down to `lr_min_factor`.
 
     Steps count optimiser steps; the cosine ends at the last step of training.
     """
     warmup = optim.warmup_steps
-    if warmup >= total_steps and optim.scheduler == "linear_warmup_cosine":
-        logging.warning(
-            "optim.warmup_steps: %d, but training has only %d steps: the learning rate never reaches lr_initial",
-            warmup,
-            total_steps,
-        )
 
     def factor(step: int) -> float:
         if step < warmup:

@@ -28,7 +28,8 @@ from faenet_ocp.checkpoint import (
     step_checkpoints,
 )
 from faenet_ocp.common.files import remove_leftovers, write_json
-from faenet_ocp.config.schema import Config, SourceConfig
+from faenet_ocp.config.messages import without_removed
+from faenet_ocp.config.schema import Config, SourceConfig, build_config
 from faenet_ocp.data.loader import TrainBatchSampler, make_loader
 from faenet_ocp.evaluation.evaluator import Evaluator
 from faenet_ocp.evaluation.log_names import metric_of
@@ -44,6 +45,7 @@ from faenet_ocp.tasks.references import (
 )
 from faenet_ocp.tasks.tasks import load_tasks_state, make_tasks, needs_fit, tasks_state
 from faenet_ocp.training.loggers import MetricLogger
+from faenet_ocp.training.start import announce_shifts, check_statistics, fingerprints
 from faenet_ocp.training.unit import OCPTrainUnit
 
 
@@ -75,11 +77,12 @@ class TrainingRun:
         optim, source = self.config.optim, self.config.dataset.train
         if source is None:
             raise ValueError("dataset.train: missing; it says where the training set lies")
+        self.data = fingerprints(self.config)
         self.fits = self._statistics(source)
         self.tasks = make_tasks(self.config, self.fits)
         loader = self._make_loader(source)
         self.unit = self._make_unit(steps_per_epoch=len(loader))
-        self._resume()
+        self._resume(source)
         if distutils.is_master():
             self.logger = self.unit.metric_logger = self._make_logger()
         if self.pending_evaluation:  # the run ended between the end of an epoch and its evaluation
@@ -163,32 +166,36 @@ class TrainingRun:
         self.unit.stop_requested, self.stop_code = True, status
         return True
 
-    def _resume(self) -> None:
+    def _resume(self, source: SourceConfig) -> None:
         if distutils.is_master():
             remove_leftovers(self.checkpoints)
         found = load_newest(self.checkpoints)
         if found is None:
             if self.checkpoint is not None:
-                self._fine_tune(self.checkpoint)
+                self._fine_tune(self.checkpoint, source)
             return
         path, state = found
+        check_statistics(self.fits, state)
         try:
             self.unit.load_state_dict(state)
         except (RuntimeError, ValueError, KeyError) as error:
             raise ValueError(f"{path} does not fit this configuration: {error}") from error
         load_tasks_state(self.tasks, state["tasks"])
         self.best, self.epoch_seconds = state["best"], state["epoch_seconds"]
-        self.pending_evaluation = state["pending_evaluation"]
+        ends_here = self.unit.train_progress.num_steps_completed == self.unit.total_steps
+        shortened = ends_here and build_config(without_removed(state["config"])).optim != self.config.optim
+        self.pending_evaluation = state["pending_evaluation"] or shortened
         logging.info("going on from %s", path)
 
-    def _fine_tune(self, path: str) -> None:
-        """Begins with the weights of another run, and with its units, which belong to the weights."""
+    def _fine_tune(self, path: str, source: SourceConfig) -> None:
+        """Begins with the weights of another run; targets are normalised as this one's configuration says."""
         state = load_checkpoint(path)
-        load_weights(self.unit.raw_model, state)
-        load_tasks_state(self.tasks, state["tasks"])
+        load_weights(self.unit.raw_model, state, heads_may_differ=True)
         if self.unit.ema_model is not None:
             self.unit.ema_model.module.load_state_dict(self.unit.raw_model.state_dict())
         logging.info("beginning with the weights of %s", path)
+        if distutils.is_master():
+            announce_shifts(self.config, source, self.tasks, state["tasks"])
 
     def state(self) -> dict[str, Any]:
         """All that a checkpoint holds beside format and versions."""
@@ -197,6 +204,7 @@ class TrainingRun:
             "config": self.config.model_dump(mode="json"),
             "tasks": tasks_state(self.tasks),
             "statistics": fits_to_dict(self.fits),
+            "data": self.data,
             "best": self.best,
             "epoch_seconds": self.epoch_seconds,
             "pending_evaluation": self.pending_evaluation,
@@ -267,13 +275,13 @@ class TrainingRun:
 
     def _final_report(self) -> None:
         path = self.checkpoints / "best.pt"
-        results = self.folder / "results" / "metrics.json"
         if not self.config.dataset.val or not path.is_file():
             return
-        state = load_checkpoint(path)
-        if results.is_file() and json.loads(results.read_text())["run"]["step"] == self.best["step"]:
+        results, newest = self.folder / "results" / "metrics.json", step_checkpoints(self.checkpoints)[-1:]
+        if results.is_file() and all(results.stat().st_mtime_ns >= saved.stat().st_mtime_ns for saved in newest):
             logging.info("the run is finished and reported")
             return
+        state = load_checkpoint(path)
         load_weights(self.unit.raw_model, state)
         outcomes = self.evaluator.evaluate(self.unit.raw_model, self.tasks, self.fits)
         self.evaluator.report(self.unit.raw_model, outcomes, state | {"epoch_seconds": self.epoch_seconds}, str(path))
@@ -286,12 +294,13 @@ class TrainingRun:
         names = [target.name for target in config.targets if target.has_statistics]
         dataset = build.make_label_dataset(config, source)
         total = len(dataset)  # type: ignore[arg-type]
-        key = {"src": source.src, "root": config.dataset.root, "num_systems": total}
+        key = self.data["dataset.train"]
         if path.is_file():
             known = json.loads(path.read_text())
             fits = fits_from_dict(known["fit"])
             if known["training_set"] == key and set(fits) == set(names):
                 return fits
+            logging.info("%s belongs to other data or labels: computed again", path)
         sample = statistics_sample(total).tolist()
         loader = make_loader(
             dataset,

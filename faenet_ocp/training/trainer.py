@@ -1,5 +1,6 @@
 """The registered trainer: a configuration is checked, and becomes the job and runner of fairchem's launchers."""
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,18 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from faenet_ocp import build
-from faenet_ocp.checkpoint import load_checkpoint
+from faenet_ocp.checkpoint import load_checkpoint, load_weights
 from faenet_ocp.config.schema import Config
-from faenet_ocp.training.optim import make_optimizer
+from faenet_ocp.data.fields import NUM_ELEMENTS
+from faenet_ocp.data.loader import TrainBatchSampler
+from faenet_ocp.tasks.references import CompositionFit
+from faenet_ocp.tasks.tasks import make_tasks
+from faenet_ocp.training.loggers import check_logger
+from faenet_ocp.training.optim import make_optimizer, total_steps, warn_of_long_warmup
+from faenet_ocp.training.start import check_resumption
+
+_STATISTICS = {"mean": 0.0, "stdev": 1.0, "residual_mean": 0.0, "residual_stdev": 1.0}
+_ANY_FIT = CompositionFit(coefficients=(0.0,) * NUM_ELEMENTS, num_systems=1, rank=1, **_STATISTICS)
 
 
 @registry.register_trainer("faenet")
@@ -38,17 +48,41 @@ class FAENetTrainer:
         Raises:
             ValueError: what is wrong, with its key.
         """
-        if self.checkpoint is not None:
-            load_checkpoint(self.checkpoint)
-        elif self.mode in ("validate", "predict"):
+        if self.checkpoint is None and self.mode in ("validate", "predict"):
             raise ValueError(f"--checkpoint: --mode {self.mode} needs the weights to use")
+        state = None if self.checkpoint is None else load_checkpoint(self.checkpoint)
         if self.mode == "train":
             if self.config.dataset.train is None:
                 raise ValueError("dataset.train: missing; it says where the training set lies")
             make_optimizer(self.config.optim)([nn.Parameter(torch.zeros(1))])
-        build.make_model(self.config)
-        if not self.datasets():
+        model = build.make_model(self.config)
+        if state is not None:
+            load_weights(model, state, heads_may_differ=self.mode == "train")
+        datasets = self.datasets()
+        if not datasets:
             raise ValueError("dataset: no splits are given")
+        if self.mode == "predict" and not self.config.dataset.test:
+            logging.info("dataset.test is not given: predicting the validation splits (%s)", ", ".join(datasets))
+        if self.mode == "train":
+            self._check_training(len(datasets["train"]))  # type: ignore[arg-type]
+
+    def _check_training(self, num_systems: int) -> None:
+        """What would otherwise end a run after its label statistics."""
+        config, optim, job = self.config, self.config.optim, self.config.job
+        fits = {target.name: _ANY_FIT for target in config.targets}
+        make_tasks(config, fits)
+        world, chunks = job.num_gpus * job.num_nodes, optim.grad_accumulation
+        sampler = TrainBatchSampler(num_systems, optim.batch_size, seed=0, world_size=world, num_chunks=chunks)
+        warn_of_long_warmup(optim, total_steps(optim, len(sampler)))
+        check_logger(config.logger)
+
+    def check_resumption(self, folder: Path) -> list[str]:
+        """Where the folder holds a run already: whether it can go on with this configuration, and what changes then.
+
+        Raises:
+            ValueError: what cannot change.
+        """
+        return check_resumption(self.config, folder, self.checkpoint) if self.mode == "train" else []
 
     def datasets(self) -> dict[str, Dataset]:
         """Data sets of the splits that the mode uses, by the name of the split.

@@ -31,7 +31,7 @@ from faenet_ocp.evaluation import log_names
 from faenet_ocp.tasks.losses import SummedLoss, loss_mask, task_loss
 from faenet_ocp.tasks.tasks import energy_gradient_forces
 from faenet_ocp.training.loggers import MetricLogger
-from faenet_ocp.training.optim import learning_rate_schedule, make_optimizer, warming_ema
+from faenet_ocp.training.optim import learning_rate_schedule, make_optimizer, total_steps, warming_ema
 
 
 class _LossTerm(NamedTuple):
@@ -77,14 +77,13 @@ class OCPTrainUnit(MLIPTrainEvalUnit):
         print_every: int,
         failures: Path,
     ):
-        total = optim.max_epochs * steps_per_epoch
-        self.total_steps = min(total, optim.max_steps) if optim.max_steps else total
-        schedule = learning_rate_schedule(optim, self.total_steps)
+        self.total_steps = total_steps(optim, steps_per_epoch)
+        self.schedule = learning_rate_schedule(optim, self.total_steps)
         super().__init__(
             job_config=job_config,
             model=model,
             optimizer_fn=make_optimizer(optim),
-            cosine_lr_scheduler_fn=lambda n_iters_per_epoch, optimizer: LambdaLR(optimizer, schedule),
+            cosine_lr_scheduler_fn=lambda n_iters_per_epoch, optimizer: LambdaLR(optimizer, self.schedule),
             tasks=[task for task in tasks if task.loss_fn is not None],
             bf16=amp,
             print_every=print_every,
@@ -287,11 +286,17 @@ class OCPTrainUnit(MLIPTrainEvalUnit):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse of `state_dict`."""
+        """The inverse of `state_dict`, but for settings of optimiser and schedule, which are those of now."""
         self.raw_model.load_state_dict(state["model"])
         if self.ema_model is not None:
             self.ema_model.load_state_dict(state["ema"])
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
-        self.train_progress.load_state_dict(state["progress"])
+        for group, now in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(now)
+        steps = state["progress"]["num_steps_completed"]
+        self.scheduler = LambdaLR(self.optimizer, self.schedule, last_epoch=steps - 1)
+        epochs, in_epoch = divmod(steps, self.steps_per_epoch)  # an epoch that max_steps cut short goes on
+        progress = {"num_epochs_completed": epochs, "num_steps_completed_in_epoch": in_epoch}
+        self.train_progress.load_state_dict(progress | {"num_steps_completed": steps})
         self.num_skipped = state["num_skipped"]

@@ -34,7 +34,7 @@ def test_a_truncated_newest_checkpoint_falls_back_to_the_one_before(tmp_path: Pa
         save_step(tmp_path, step, {"model": {"w": torch.full((100,), float(step))}}, keep=2)
     newest = tmp_path / "step_00000002.pt"
     newest.write_bytes(newest.read_bytes()[:-200])
-    with pytest.raises(ValueError, match=r"step_00000002.pt: not readable"):
+    with pytest.raises(ValueError, match=r"step_00000002.pt: not readable: it is cut short"):
         load_checkpoint(newest)
     assert load_newest(tmp_path)[0].name == "step_00000001.pt"
     assert load_newest(tmp_path / "nothing") is None
@@ -56,7 +56,7 @@ def test_nothing_in_a_checkpoint_runs(tmp_path: Path, monkeypatch: pytest.Monkey
     torch.save({"format": FORMAT, "model": _Payload()}, tmp_path / "evil.pt")
     (tmp_path / "raw.pt").write_bytes(pickle.dumps(_Payload()))
     for name in ("evil.pt", "raw.pt"):
-        with pytest.raises(ValueError, match="not readable"):
+        with pytest.raises(ValueError, match="not a checkpoint"):
             load_checkpoint(tmp_path / name)
     assert not (tmp_path / "pwned").exists()
 
