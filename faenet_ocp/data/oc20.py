@@ -240,11 +240,8 @@ class OC20LmdbDataset(BaseDataset[AtomicData]):
         folder = self.config.get("cache_dir")
         if folder is None:
             return None
-        digest = hashlib.sha256()
-        for path in self.paths:
-            status = path.stat()
-            digest.update(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}\n".encode())
-        return Path(folder) / f"natoms-{digest.hexdigest()[:16]}.npy"
+        states = "\n".join(file.state() for file in self.files)
+        return Path(folder) / f"natoms-{hashlib.sha256(states.encode()).hexdigest()[:16]}.npy"
 
 
 def _check_config(config: Mapping[str, Any]) -> None:

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch_geometric.data import Data
 from tqdm import tqdm
 
-from faenet_ocp.common.files import exclusive, file_state, remove_leftovers, write_bytes
+from faenet_ocp.common.files import exclusive, expand_path, file_state, remove_leftovers, write_bytes
 from faenet_ocp.common.pool import ordered_map
 from faenet_ocp.data.lmdb_files import LmdbFile, natural_order
 from faenet_ocp.graph.neighbors import build_graph
@@ -103,7 +103,7 @@ def prepare(
         ValueError: wrong arguments, no or incomplete pairs of input files, or an output folder with something else.
         OSError: reading or writing fails.
     """
-    data_path, out_path = Path(data_path), Path(out_path)
+    data_path, out_path = (Path(expand_path(path)) for path in (data_path, out_path))
     if num_workers < 1 or (chunk is not None and chunk < 1):
         raise ValueError(f"num_workers {num_workers} and chunk {chunk} must be at least 1")
     pairs = _find_pairs(data_path)

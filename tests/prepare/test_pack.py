@@ -2,11 +2,14 @@
 
 import logging
 import os
+import shutil
 from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
 
+from faenet_ocp.data.lmdb_files import resolve_files
+from faenet_ocp.data.packed import PackedFile
 from faenet_ocp.prepare import pack as packing
 from faenet_ocp.prepare.pack import pack
 from small_data import dump_record, make_fields, write_lmdb
@@ -30,6 +33,16 @@ def test_the_same_file_is_not_read_again(
     monkeypatch.setattr(packing, "_compare", None)
     assert pack(source, tmp_path / "packed") == 3
     assert "data.lmdb is packed already" in caplog.text
+
+
+def test_folders_that_lmdb_makes_by_default(source: Path, tmp_path: Path) -> None:
+    for name in ("a.lmdb", "b.lmdb", "c"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        shutil.copy(source, tmp_path / "data" / name / "data.mdb")
+    shutil.copy(source, tmp_path / "data")
+    assert pack(tmp_path / "data", tmp_path / "packed") == 12
+    for src, records in (("packed", 9), ("packed/c", 3)):
+        assert sum(len(PackedFile(path)) for path in resolve_files(tmp_path / src)) == records
 
 
 def test_a_copy_is_compared(source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
