@@ -2,7 +2,7 @@
 
 import sys
 
-from faenet_ocp.launch.cli import main
+from faenet_ocp.launch.entry import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -41,9 +41,9 @@ def make_dataset(
     return _open(config, source, transforms | _frame_transform(config, training=training), labelled, cache_dir)
 
 
-def make_label_dataset(config: Config, source: SourceConfig, *, cache_dir: Path | None = None) -> Dataset:
+def make_label_dataset(config: Config, source: SourceConfig, *, labelled: bool = True) -> Dataset:
     """A split without transforms and edges: for statistics of labels and compositions."""
-    return _open(config, source, {}, True, cache_dir, edges="none")
+    return _open(config, source, {}, labelled, None, edges="none")
 
 
 def _open(

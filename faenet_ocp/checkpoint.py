@@ -63,7 +63,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     content = path.read_bytes()
     if not content.startswith(_ZIP):
         raise ValueError(f"checkpoint {path}: not a checkpoint: {_kind_of(content)}")
-    is_ours = content[: -_SEAL_SIZE].endswith(_SEAL_SIZE.to_bytes(2, "little"))
+    is_ours = content[:-_SEAL_SIZE].endswith(_SEAL_SIZE.to_bytes(2, "little"))
     if is_ours and not _is_sealed(content):
         raise ValueError(f"checkpoint {path}: damaged (its content does not match its check sum)")
     try:

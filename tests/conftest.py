@@ -3,6 +3,7 @@
 import gc
 import os
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
@@ -66,9 +67,14 @@ def s2ef_checkpoint(small_s2ef: Path) -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def _runs_begin_and_end_at_once() -> Iterator[None]:
-    """fairchem runs pip and others at the start of every run and sleeps at its end: not for runs in this process."""
+    """fairchem runs pip and others at the start of every run, and sleeps at its end: not for runs in this process.
+
+    Some sleep there must be, and all of it in several ranks (`processes.sleep_as_long_as_fairchem`): a thread of gloo
+    that still waits for the interpreter when its process group is taken apart would never end.
+    """
     from fairchem.core.common import distutils
     from fairchem.core.launchers import slurm_launch
 
-    with mock.patch.object(slurm_launch, "write_environment_report"), mock.patch.object(distutils, "time"):
+    shorter = mock.Mock(sleep=lambda seconds: time.sleep(seconds / 20))
+    with mock.patch.object(slurm_launch, "write_environment_report"), mock.patch.object(distutils, "time", shorter):
         yield

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import yaml
+from fairchem.core.common import distutils
 
 import small_data
 from faenet_ocp.launch import local_ranks
@@ -167,6 +168,7 @@ def _forked(
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
             arguments = [*arguments, "--num-gpus", str(ranks)]
             local_ranks._launch_ranks = runner_wrapper
+            sleep_as_long_as_fairchem()
         if prepare is not None:
             prepare()
         status = main(arguments)
@@ -185,7 +187,13 @@ def elastic() -> None:
     """Has torch elastic fork its ranks: the real launcher without seconds of imports in each rank; for `prepare`."""
     from torch.distributed.launcher import api
 
+    sleep_as_long_as_fairchem()
     api.LaunchConfig = partial(api.LaunchConfig, start_method="fork")  # type: ignore[misc, assignment]
+
+
+def sleep_as_long_as_fairchem() -> None:
+    """Undoes what `conftest` does for runs of one rank."""
+    distutils.time = time
 
 
 def main_on_ranks(arguments: Sequence[str], log: Path, *, ranks: int = 2, status: int = 0) -> str:

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 from ase import Atoms
-from ase.constraints import FixAtoms
+from ase.constraints import FixAtoms, FixCartesian, FixScaled
 from fairchem.core.datasets.atomic_data import AtomicData
 from numpy.typing import NDArray
 
@@ -17,7 +17,7 @@ def atoms_to_data(
     """Atoms to a sample with the fields of ``oc20.OC20LmdbDataset``, before transforms.
 
     Args:
-        atoms: any structure; positions are taken as they are. Atoms in a FixAtoms constraint are `fixed`.
+        atoms: any structure; positions are taken as they are. `fixed` are those of `fixed_atoms`.
         cutoff, max_neighbors: see ``graph.build_graph``.
         dtype: of positions; the graph is that of the positions in this precision.
         dataset: name of the data set.
@@ -44,9 +44,11 @@ def atoms_to_data(
 
 
 def fixed_atoms(atoms: Atoms) -> NDArray[np.bool_]:
-    """Which atoms a FixAtoms constraint holds, (n,) bool."""
-    fixed = np.zeros(len(atoms), dtype=bool)
+    """Which atoms FixAtoms, FixCartesian and FixScaled, alone or together, hold in all directions, (n,) bool."""
+    fixed = np.zeros((len(atoms), 3), dtype=bool)
     for constraint in atoms.constraints:
         if isinstance(constraint, FixAtoms):
             fixed[constraint.index] = True
-    return fixed
+        elif isinstance(constraint, FixCartesian) or (isinstance(constraint, FixScaled) and constraint.mask.all()):
+            fixed[constraint.index] |= constraint.mask
+    return np.all(fixed, axis=1)

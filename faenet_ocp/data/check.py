@@ -1,10 +1,11 @@
-"""Reads every record of data sets and lists what cannot be used: `--mode check`."""
+"""Reads every record of data sets and lists what cannot be used (`--mode check`); tags that cannot be meant."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from fairchem.core.datasets.atomic_data import AtomicData
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
@@ -13,6 +14,8 @@ from faenet_ocp.data.loader import load_batch
 
 _AT_ONCE = 256
 """Systems of one task: what a process holds in memory, however large the data sets are."""
+
+_NEARLY_ALL = 0.9
 
 
 @dataclass(frozen=True)
@@ -82,3 +85,39 @@ def _failure(function: Callable[..., Any], *arguments: Any) -> str | None:
     except Exception as error:  # e.g. of a transform of the user's own; the rest shall be looked at all the same
         return f"{type(error).__name__}: {error}"
     return None
+
+
+def sample_of(dataset: Dataset, size: int) -> AtomicData:
+    """A batch of so many samples, spread evenly, or of all where there are fewer."""
+    total = len(dataset)  # type: ignore[arg-type]
+    used = min(total, size)
+    return load_batch(dataset, [(0, number * total // used) for number in range(used)])
+
+
+def suspicious_tags(batch: AtomicData) -> Iterator[str]:
+    """What nearly all systems with an adsorbate have, and cannot be meant, in words; height is z.
+
+    Args:
+        batch: with sub-surface atoms; tags are OC20's: 0 below the surface, 1 surface, 2 adsorbate.
+    """
+    if not bool(batch.tags.any()):
+        yield "all atoms have tag 0, or none: to the model, all are below the surface"
+    looked_at, found = 0, {"low": 0, "held": 0, "upside down": 0}
+    for tags, fixed, z in zip(
+        *(part.split(batch.natoms.tolist()) for part in (batch.tags, batch.fixed, batch.pos[:, 2])), strict=True
+    ):
+        adsorbate, buried = tags == 2, tags == 0
+        surface = tags == 1 if (tags == 1).any() else buried
+        if adsorbate.any() and surface.any():
+            looked_at += 1
+            found["low"] += bool(z[adsorbate].max() <= z[surface].mean())
+            found["held"] += bool(fixed[adsorbate].all())
+            found["upside down"] += bool(buried.any() and z[buried].mean() > z[~buried].mean())
+    words = {
+        "low": "no atom of tag 2 (adsorbate) lies above the surface (tag 1)",
+        "held": "all atoms of tag 2 (adsorbate) are fixed",
+        "upside down": "atoms of tag 0 (below the surface) lie above the others",
+    }
+    for name, count in found.items():
+        if looked_at and count >= _NEARLY_ALL * looked_at:
+            yield f"in {count} of {looked_at} systems {words[name]}"

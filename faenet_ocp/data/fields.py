@@ -51,6 +51,11 @@ class Field:
     allowed: range | None = None
 
 
+def _label(name: str, level: Literal["atom", "system"] = "system", rank: int = 0) -> Field:
+    """Labels of systems are float64 whatever the precision: total energies are large, and what is learned is not."""
+    return Field(name, level, torch.float64 if level == "system" else None, (3,) if rank else ())
+
+
 FIELDS: dict[str, Field] = {
     field.name: field
     for field in (
@@ -75,7 +80,7 @@ FIELDS: dict[str, Field] = {
         Field("removed_free", "system", torch.long),
         Field("frame_rot", "system", shape=None),
         Field("frame_weight", "system", shape=None),
-        *(Field(target.name, target.level, shape=(3,) if target.rank else ()) for target in TARGETS.values()),
+        *(_label(target.name, target.level, target.rank) for target in TARGETS.values()),
     )
 }
 """By name. A record without `pbc` is periodic if it has a cell, and a molecule if it has none or one of zeros."""
@@ -104,7 +109,7 @@ def declare_labels(names: Iterable[str]) -> None:
     for name in names:
         if name in _NO_LABELS:
             raise ValueError(f"labels: {name!r} is a field of every sample and no label")
-        FIELDS.setdefault(name, Field(name, "system"))
+        FIELDS.setdefault(name, _label(name))
 
 
 def field_of(name: str) -> Field:

@@ -18,13 +18,14 @@ from faenet_ocp.checkpoint import load_weights
 from faenet_ocp.common.files import write_json, write_text
 from faenet_ocp.config.schema import Config, SourceConfig
 from faenet_ocp.data.loader import EvalBatchSampler, make_loader
+from faenet_ocp.evaluation.metrics import UnseenElements
 from faenet_ocp.evaluation.plots import plot_learning_curve, plot_parity
 from faenet_ocp.evaluation.prediction import predict_split
 from faenet_ocp.evaluation.report import render_table
-from faenet_ocp.evaluation.results import RunInfo, build_results, dataset_label
+from faenet_ocp.evaluation.results import RunInfo, build_results, dataset_label, unseen_in_words
 from faenet_ocp.evaluation.validation import SplitOutcome, run_split
 from faenet_ocp.tasks.references import CompositionFit, fits_from_dict
-from faenet_ocp.tasks.tasks import TargetTask, restore_tasks
+from faenet_ocp.tasks.tasks import TargetTask, restore_tasks, unseen_elements
 
 
 def load_model(
@@ -61,6 +62,7 @@ class Evaluator:
         conservative = config.output("forces").eval_from == "energy_gradient"
         self._forward = {"amp": config.job.amp, "conservative": conservative}
         self._datasets: dict[str, Dataset] = {}
+        self._warned: set[str] = set()
 
     def evaluate(
         self,
@@ -86,7 +88,15 @@ class Evaluator:
                 indices = np.sort(generator.choice(len(indices), max_systems, replace=False)).tolist()
             loader = self._loader(dataset, EvalBatchSampler(indices, self.batch_size, rank=rank, world_size=world))
             outcomes[split] = run_split(model, tasks, loader, split=split, fits=fits, **self._forward)
+            self._warn_of_unseen(split, outcomes[split].unseen)
         return outcomes
+
+    def _warn_of_unseen(self, split: str, counts: Mapping[str, int]) -> None:
+        """Once for the systems of a split, which is evaluated again and again."""
+        message = unseen_in_words(split, counts) if counts else ""
+        if message and message not in self._warned and distutils.is_master():
+            logging.warning(message)
+        self._warned.add(message)
 
     def validate(self, state: Mapping[str, Any], checkpoint: str) -> None:
         """Evaluates a checkpoint on the validation splits and writes `results/`; arguments as for `predict`."""
@@ -104,6 +114,7 @@ class Evaluator:
             ValueError: the file of a split is there already.
         """
         model, tasks = self._load(state)
+        unseen = unseen_elements(tasks, fits_from_dict(state.get("statistics")))
         settings = self.config.model_dump_json(
             exclude={"slurm": True, "job": {"num_gpus", "num_nodes", "cpu", "run_dir", "identifier"}}
         )
@@ -117,6 +128,7 @@ class Evaluator:
                 dataset,
                 path,
                 key=digest[:12],
+                unseen=UnseenElements(unseen),
                 make_loader=partial(self._loader, dataset),
                 batch_size=max(1, self.batch_size // distutils.get_world_size()),
                 **self._forward,
@@ -179,6 +191,7 @@ class Evaluator:
                 seed=config.job.seed,
             ),
             splits={split: outcome.metrics for split, outcome in outcomes.items()},
+            unseen={split: outcome.unseen for split, outcome in outcomes.items()},
             baselines={split: outcome.baselines for split, outcome in outcomes.items() if outcome.baselines},
             forward_samples_per_s=systems / forward if forward else None,
             end_to_end_samples_per_s=sum(sizes.values()) / seconds if seconds else None,

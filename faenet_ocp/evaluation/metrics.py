@@ -14,8 +14,11 @@ from typing import ClassVar
 
 import numpy as np
 import torch
+from fairchem.core.datasets.atomic_data import AtomicData
 from torch import Tensor
 
+from faenet_ocp.common.elements import element_table
+from faenet_ocp.data.fields import NUM_ELEMENTS
 from faenet_ocp.targets import TARGETS, Target
 from faenet_ocp.tasks.references import CompositionFit
 
@@ -117,8 +120,9 @@ class VectorMetrics(Sums):
             ValueError: no atoms that count, or predictions or labels that are not finite.
         """
         count, bad, bad_labels, error, cosine, magnitude, _ = self.sums.tolist()
-        _check_counts(self.target, count, bad, bad_labels, split)
         name = self.target.name
+        hint = f": all atoms are fixed; outputs.{name}.eval_on_free_atoms: false counts them, too"
+        _check_counts(self.target, count, bad, bad_labels, split, hint)
         return {
             f"{name}_mae": error / (3 * count),
             f"{name}_cosine_similarity": cosine / count,
@@ -204,6 +208,32 @@ class BaselineMetrics(Sums):
         }
 
 
+class UnseenElements(Sums):
+    """Systems with elements that the training set lacks.
+
+    Args:
+        unseen: (119,) bool.
+    """
+
+    size = NUM_ELEMENTS + 1
+
+    def __init__(self, unseen: Tensor):
+        super().__init__()
+        self.unseen = unseen
+
+    def update(self, batch: AtomicData) -> None:
+        """Adds systems."""
+        if "composition" in batch:
+            held = (batch.composition > 0) & self.unseen.to(batch.composition.device)
+            self._add(held.sum(dim=0), held.any(dim=1).sum())
+
+    def compute(self) -> dict[str, int]:
+        """Systems with each of these elements, by symbol, and under "all" with any of them; empty if there are none."""
+        *by_element, total = (int(number) for number in self.sums.tolist())
+        found = {element_table().symbols[number]: count for number, count in enumerate(by_element) if count}
+        return found | {"all": total} if found else {}
+
+
 def energy_metrics(pred: Array, label: Array, *, split: str) -> Values:
     """`ScalarMetrics` of whole arrays of energies, (B,) eV each."""
     metrics = ScalarMetrics(TARGETS["energy"])
@@ -246,9 +276,9 @@ def _scalar_values(target: Target, sums: list[float], split: str) -> Values:
     return values | {"num_systems": int(systems)}
 
 
-def _check_counts(target: Target, count: float, bad: float, bad_labels: float, split: str) -> None:
+def _check_counts(target: Target, count: float, bad: float, bad_labels: float, split: str, hint: str = "") -> None:
     if count == 0:
-        raise ValueError(f"split {split!r}: no {target.name} to evaluate")
+        raise ValueError(f"split {split!r}: no {target.name} to evaluate{hint}")
     for number, kind in ((bad, "predicted"), (bad_labels, "labelled")):
         if number:
             raise ValueError(f"split {split!r}: {number:.0f} of {count:.0f} {kind} {target.name} are not finite")

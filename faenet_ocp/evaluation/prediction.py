@@ -1,12 +1,12 @@
-"""Predictions of splits without labels, in the files that OC20's leaderboard takes.
+"""Predictions of splits without labels, in files that `submission.py` joins to one for OC20's leaderboard.
 
 `<split>.npz`, in the order of the data set:
 
 | array | IS2RE | S2EF |
 | --- | --- | --- |
 | `ids` | `<sid>` | `<sid>_<fid>` |
-| `energy` (systems,) | eV, float64 | eV, float16 as OCP stores it |
-| `forces` (free atoms, 3) | - | eV/Angstrom, float16, of free atoms, one system after the other |
+| `energy` (systems,) | eV, float64 | the same |
+| `forces` (free atoms, 3) | - | eV/Angstrom, float32, of free atoms, one system after the other |
 | `chunk_idx` (systems - 1,) | - | where `numpy.split` cuts `forces` into systems |
 | any other scalar (systems,) | in its unit, float64 | the same |
 
@@ -31,12 +31,13 @@ from tqdm import tqdm
 
 from faenet_ocp.common.files import write_bytes
 from faenet_ocp.data.loader import EvalBatchSampler, Key
-from faenet_ocp.evaluation.validation import predict
+from faenet_ocp.evaluation.metrics import UnseenElements
+from faenet_ocp.evaluation.results import unseen_in_words
+from faenet_ocp.evaluation.validation import predict, reduced
 from faenet_ocp.tasks.tasks import TargetTask
 
 _LARGEST_PART = 2_000
 _PARTS = 64  # of a small split: enough for any number of ranks, and the same for all
-_HALF_PRECISION = ("energy", "forces")  # of S2EF
 
 Arrays = dict[str, np.ndarray]
 
@@ -50,6 +51,7 @@ def predict_split(
     key: str,
     make_loader: Callable[[Iterable[list[Key]]], DataLoader],
     batch_size: int,
+    unseen: UnseenElements | None = None,
     amp: bool = False,
     conservative: bool = False,
 ) -> int:
@@ -62,6 +64,7 @@ def predict_split(
         key: stands for weights and settings: parts of another key are not taken over.
         make_loader: a loader for batches of the data set.
         batch_size: systems in a batch on this rank.
+        unseen: counts elements that the training set lacks, for a warning; None: nothing is known of it.
 
     Returns:
         number of systems.
@@ -90,13 +93,19 @@ def predict_split(
             rows = []
             for batch, values, _ in islice(predicted, len(keys)):
                 rows.append(_rows(tasks, batch, values))
+                if unseen is not None:
+                    unseen.update(batch)
                 bar.update(len(batch.natoms))
             arrays = _concatenated(rows)
             _check_finite(tasks, arrays, path.stem)
             _write(part, arrays)
     distutils.synchronize()
+    if unseen is not None:
+        unseen.sums = reduced(unseen.sums, "sum")
+        if (counts := unseen.compute()) and distutils.is_master():
+            logging.warning(unseen_in_words(path.stem, counts))
     if distutils.is_master():
-        _join(tasks, [part for part, _ in parts], path)
+        _join([part for part, _ in parts], path)
         shutil.rmtree(folder)
     distutils.synchronize()
     return total
@@ -109,7 +118,7 @@ def _rows(tasks: Sequence[TargetTask], batch: AtomicData, predictions: dict[str,
     free = batch.fixed == 0
     for task in tasks:
         values = predictions[task.name]
-        rows[task.name] = (values[free] if task.level == "atom" else values).double().cpu().numpy()
+        rows[task.name] = (values[free].float() if task.level == "atom" else values.double()).cpu().numpy()
     if with_atoms:
         _check_complete(batch)
         per_system = torch.zeros_like(batch.natoms).index_add(0, batch.batch, free.to(batch.natoms.dtype))
@@ -152,7 +161,7 @@ def _write(path: Path, arrays: Arrays, *, compress: bool = False) -> None:
     write_bytes(path, content.getvalue())
 
 
-def _join(tasks: Sequence[TargetTask], parts: Sequence[Path], path: Path) -> None:
+def _join(parts: Sequence[Path], path: Path) -> None:
     loaded = []
     for part in parts:
         with np.load(part) as content:
@@ -160,5 +169,4 @@ def _join(tasks: Sequence[TargetTask], parts: Sequence[Path], path: Path) -> Non
     arrays = _concatenated(loaded)
     if "free" in arrays:
         arrays["chunk_idx"] = np.cumsum(arrays.pop("free"))[:-1]
-        arrays |= {name: arrays[name].astype(np.float16) for name in _HALF_PRECISION}
     _write(path, arrays, compress=True)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from faenet_ocp.evaluation.results import BASELINES, SPLITS
+from faenet_ocp.evaluation.results import BASELINES, SPLITS, unseen_in_words
 from faenet_ocp.targets import TARGETS, Metric, metrics_of, targets_of
 
 # Rows of the paper as printed there (forces: meV/A in the paper, eV/A here).
@@ -88,7 +88,9 @@ def render_table(results: Mapping[str, Any]) -> str:
         columns = _split_columns(further, results["splits"], average=results["average"] is not None)
         table = _table([row for row in rows if row.has(further)], columns)
         tables.append(f"Further metrics (not in the paper):\n\n{table}")
-    return "\n\n".join([f"Data: {results['dataset']}", *tables, _notes(results, papers)]) + "\n"
+    unseen = results.get("unseen_elements", {}).items()
+    warnings = [f"**{unseen_in_words(SPLITS.get(split, split), counts)}.**" for split, counts in unseen]
+    return "\n\n".join([f"Data: {results['dataset']}", *warnings, *tables, _notes(results, papers)]) + "\n"
 
 
 def _rows(results: Mapping[str, Any]) -> list[_Row]:
@@ -188,7 +190,6 @@ def _notes(results: Mapping[str, Any], metrics: Sequence[Metric]) -> str:
     for split, values in results["splits"].items():
         if split not in SPLITS:  # has no columns in the paper's table
             facts.append(f"{split}: {', '.join(_in_words(metric, values[metric.name]) for metric in metrics)}.")
-    facts += _unseen(results["baselines"]["linear_in_composition"]["splits"])
     return "\n".join(f"- {fact}" for fact in [*facts, _paper_note(results)])
 
 
@@ -204,17 +205,6 @@ def _counts(splits: Mapping[str, Mapping[str, Any]]) -> str:
         + (f" ({metrics['num_atoms']:,} free atoms)" if "num_atoms" in metrics else "")
         for name, metrics in splits.items()
     )
-
-
-def _unseen(splits: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    key = "num_systems_unseen_elements"
-    found = [f"{SPLITS.get(n, n)} {m[key]:,}" for n, m in splits.items() if m.get(key)]
-    if not found:
-        return []
-    return [
-        f"{BASELINES['linear_in_composition']}: elements that the training set does not have count "
-        f"as 0; systems with such elements: {', '.join(found)}."
-    ]
 
 
 def _paper_note(results: Mapping[str, Any]) -> str:

@@ -72,6 +72,7 @@ def build_results(
     run: RunInfo,
     splits: Mapping[str, Mapping[str, float | int]],
     baselines: Mapping[str, Mapping[str, Mapping[str, float | int]]],
+    unseen: Mapping[str, Mapping[str, int]] | None = None,
     forward_samples_per_s: float | None = None,
     end_to_end_samples_per_s: float | None = None,
     seconds_per_epoch: float | None = None,
@@ -88,6 +89,7 @@ def build_results(
         run: see `RunInfo`.
         splits: split name to metrics (`validation.SplitOutcome.metrics`).
         baselines: split name to rows of `BASELINES` to metrics.
+        unseen: split name to systems with elements that the training set lacks (`validation.SplitOutcome.unseen`).
         forward_samples_per_s: model forward passes only (the paper's footnote 6).
         end_to_end_samples_per_s: with loading and collecting.
         seconds_per_epoch, epochs: of training.
@@ -109,6 +111,7 @@ def build_results(
         "baselines": {
             name: {"splits": rows, "average": _average(rows, list(metrics))} for name, rows in by_row.items()
         },
+        "unseen_elements": {split: counts for split, counts in (unseen or {}).items() if counts},
         "throughput": {
             "forward_samples_per_s": forward_samples_per_s,
             "end_to_end_samples_per_s": end_to_end_samples_per_s,
@@ -116,6 +119,16 @@ def build_results(
         "training": {"seconds_per_epoch": seconds_per_epoch, "epochs": epochs},
     }
     return plain(results, "results")
+
+
+def unseen_in_words(split: str, counts: Mapping[str, int]) -> str:
+    """Which elements the training set lacks, and what that means; `counts` as in `validation.SplitOutcome.unseen`."""
+    listing = ", ".join(f"{symbol} (in {count:,})" for symbol, count in counts.items() if symbol != "all")
+    return (
+        f"{split}: {counts['all']:,} systems have elements that the training set lacks: {listing}. These count as 0 in "
+        f"fitted element references and in the baseline {BASELINES['linear_in_composition']!r}, and the model has not "
+        "learned them"
+    )
 
 
 def _average(splits: Mapping[str, Mapping[str, float | int]], names: Sequence[str]) -> dict[str, float] | None:

@@ -17,9 +17,16 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from faenet_ocp.evaluation.metrics import BaselineMetrics, JointThreshold, ScalarMetrics, Values, VectorMetrics
+from faenet_ocp.evaluation.metrics import (
+    BaselineMetrics,
+    JointThreshold,
+    ScalarMetrics,
+    UnseenElements,
+    Values,
+    VectorMetrics,
+)
 from faenet_ocp.tasks.references import CompositionFit
-from faenet_ocp.tasks.tasks import TargetTask, conservative_outputs, to_physical
+from faenet_ocp.tasks.tasks import TargetTask, conservative_outputs, to_physical, unseen_elements
 
 _PLOTTED_ATOMS = 20_000
 
@@ -71,6 +78,7 @@ class SplitOutcome:
         baselines: by row and name; empty without training statistics.
         pairs: by target, prediction and label for a plot: on the first rank all scalars, in the order of the data set,
             and on each rank the vectors (M, 3) of its first atoms that count.
+        unseen: systems by symbol of an element that the training set lacks, and in "all" those with any such element.
         num_systems: over all ranks.
         forward_seconds: in the model's forward pass, the slowest rank's; without the first batch where there are more.
         forward_systems: systems that `forward_seconds` stands for, over all ranks.
@@ -80,6 +88,7 @@ class SplitOutcome:
     metrics: Values = field(default_factory=dict)
     baselines: dict[str, Values] = field(default_factory=dict)
     pairs: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
+    unseen: dict[str, int] = field(default_factory=dict)
     num_systems: int = 0
     forward_seconds: float = 0.0
     forward_systems: int = 0
@@ -129,6 +138,7 @@ class _Collector:
             if scalar.target.threshold and vector.target.threshold
         ]
         self.baselines = [BaselineMetrics(target, fits[target.name]) for target in targets if target.name in fits]
+        self.unseen = UnseenElements(unseen_elements(tasks, fits))
         self.eval_free = all(task.eval_on_free_atoms for task in tasks if task.level == "atom")
         self.pairs: dict[str, list[tuple[Tensor, Tensor]]] = {target.name: [] for target in targets}
         self.forward: list[tuple[float, int]] = []
@@ -138,6 +148,7 @@ class _Collector:
         size = len(batch.natoms)
         self.forward.append((seconds, size))
         self.num_frames += int((batch.frame_weight > 0).sum()) if "frame_weight" in batch else size
+        self.unseen.update(batch)
         for name, scalar in self.scalars.items():
             pair = predictions[name].double().cpu(), batch[name].double().cpu()
             scalar.update(*pair)
@@ -166,13 +177,14 @@ class _Collector:
             *self.vectors.values(),
             *self.joint,
         ]
-        for sums in [*collectors, *self.baselines]:
-            sums.sums = _reduce(sums.sums, "sum")
+        for sums in [*collectors, *self.baselines, self.unseen]:
+            sums.sums = reduced(sums.sums, "sum")
         counted = self.forward[1:] if len(self.forward) > 1 else self.forward
         counts = [sum(n for _, n in self.forward), sum(n for _, n in counted), self.num_frames]
-        totals = _reduce(torch.tensor(counts).double(), "sum")
-        times = _reduce(torch.tensor([sum(s for s, _ in counted), seconds]).double(), "max")
+        totals = reduced(torch.tensor(counts).double(), "sum")
+        times = reduced(torch.tensor([sum(s for s, _ in counted), seconds]).double(), "max")
         result = SplitOutcome(
+            unseen=self.unseen.compute(),
             num_systems=int(totals[0]),
             forward_systems=int(totals[1]),
             forward_seconds=float(times[0]),
@@ -201,7 +213,7 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _reduce(values: Tensor, how: str) -> Tensor:
+def reduced(values: Tensor, how: str) -> Tensor:
     """Sum or maximum over ranks, in float64 on the device that the backend needs; back on the CPU."""
     if distutils.get_world_size() == 1:
         return values.cpu()

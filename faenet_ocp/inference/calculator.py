@@ -1,6 +1,7 @@
 """A checkpoint as ASE's calculator; energies in eV, forces in eV/Angstrom."""
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -9,25 +10,47 @@ import torch
 from ase import Atoms
 from ase.calculators.calculator import Calculator, PropertyNotImplementedError, all_changes
 
-from faenet_ocp.checkpoint import load_checkpoint
-from faenet_ocp.data.atoms import fixed_atoms
 from faenet_ocp.inference.predictor import Predictor
+
+
+class _Calculation(threading.local):
+    """The last calculation of each thread; copies and pickles begin without one."""
+
+    def __init__(self) -> None:
+        self.atoms: Atoms | None = None
+        self.results: dict[str, Any] = {}
+
+    def __reduce__(self) -> tuple[type, tuple]:
+        return _Calculation, ()
 
 
 class FAENetCalculator(Calculator):
     """ASE calculator of a checkpoint: all that it was trained on (energy; forces in S2EF; scalars that it declares).
 
     Forces of atoms that the checkpoint's transforms remove (sub-surface atoms) are zero, because the model does not
-    see them: fix these atoms. With `frames="stochastic"` every new calculation draws new frames.
+    see them: fix these atoms. With `frames="stochastic"` every new calculation draws new frames. One calculator may
+    serve many threads: each has its own `atoms` and `results`.
+
+    With `forces="energy_gradient"` forces are the exact slope of the energy. The energy itself has small steps where an
+    atom's list of neighbours (at the cutoff, and at `max_neighbors`) or the sign of an axis changes, so that total
+    energies of long dynamics may drift. Frames and per-system statistics see the cell: energies per atom of a crystal
+    in supercells of different size differ by some meV.
+
+    Changed tags are noticed here, but not by calculators of ASE that combine others: a SumCalculator keeps the results
+    that it had before `atoms[-1].tag = 2`. Set tags first, or make a new one.
 
     Args:
-        predictor: see `from_checkpoint` for the usual way.
+        checkpoint: its file, its run's folder, its content, or a `Predictor`.
+        options: of `Predictor`, unless that is given.
     """
 
-    def __init__(self, predictor: Predictor):
+    def __init__(self, checkpoint: Predictor | Mapping[str, Any] | str | Path, **options: Any):
+        self._calculation = _Calculation()
         super().__init__()
-        self.predictor = predictor
-        self.implemented_properties = ["free_energy", *predictor.properties]
+        if isinstance(checkpoint, Predictor) and options:
+            raise ValueError(f"{', '.join(options)}: give them to the Predictor")
+        self.predictor = checkpoint if isinstance(checkpoint, Predictor) else Predictor(checkpoint, **options)
+        self.implemented_properties = ["free_energy", *self.predictor.properties]
 
     @classmethod
     def from_checkpoint(
@@ -43,7 +66,25 @@ class FAENetCalculator(Calculator):
     ) -> Self:
         """Calculator from a checkpoint file, in which nothing can run; arguments as for `Predictor`."""
         options: dict[str, Any] = {"device": device, "frames": frames, "forces": forces, "precision": precision}
-        return cls(Predictor(load_checkpoint(path), **options, seed=seed, keep_net_force=keep_net_force))
+        return cls(path, **options, seed=seed, keep_net_force=keep_net_force)
+
+    @property
+    def atoms(self) -> Atoms | None:
+        """What the last calculation of this thread was of."""
+        return self._calculation.atoms
+
+    @atoms.setter
+    def atoms(self, atoms: Atoms | None) -> None:
+        self._calculation.atoms = atoms
+
+    @property
+    def results(self) -> dict[str, Any]:
+        """What it gave."""
+        return self._calculation.results
+
+    @results.setter
+    def results(self, results: dict[str, Any]) -> None:
+        self._calculation.results = results
 
     def calculate(
         self,
@@ -55,12 +96,7 @@ class FAENetCalculator(Calculator):
         super().calculate(atoms, properties, system_changes)
         structure: Atoms = self.atoms  # the parent has just set it
         (prediction,) = self.predictor([structure])
-        self.results: dict[str, Any] = {"free_energy": prediction.energy, **prediction.values}
-        if prediction.forces is not None and (~prediction.seen & ~fixed_atoms(structure)).any():
-            self.predictor.warn_once(
-                "the model does not see the atoms of tag 0 and predicts no forces on them (they are returned as "
-                "zero), but not all of these atoms are fixed; fix them with ase.constraints.FixAtoms"
-            )
+        self.results = {"free_energy": prediction.energy, **prediction.values}
 
     def get_property(self, name: str, atoms: Atoms | None = None, allow_calculation: bool = True) -> Any:
         """As in ASE; says why there are no forces.

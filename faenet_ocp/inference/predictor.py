@@ -12,8 +12,9 @@ Energies in eV, forces in eV/Angstrom, positions in Angstrom; n atoms of one str
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,11 +24,13 @@ from fairchem.core.datasets.atomic_data import AtomicData, atomicdata_list_to_ba
 from numpy.typing import NDArray
 from torch import Tensor
 
+from faenet_ocp.checkpoint import load_checkpoint
 from faenet_ocp.common.checks import choice
 from faenet_ocp.common.elements import MAX_ATOMIC_NUMBER, describe
+from faenet_ocp.common.files import expand_path
 from faenet_ocp.config.messages import without_removed
 from faenet_ocp.config.schema import Config, build_config
-from faenet_ocp.data.atoms import atoms_to_data
+from faenet_ocp.data.atoms import atoms_to_data, fixed_atoms
 from faenet_ocp.data.fields import FIELDS, NUM_ELEMENTS
 from faenet_ocp.data.oc20 import DTYPES
 from faenet_ocp.data.transforms import Compose
@@ -75,7 +78,8 @@ class Predictor:
     """The model of a checkpoint with all that stands between Atoms and its predictions.
 
     Args:
-        state: content of a checkpoint (`checkpoint.load_checkpoint`); its EMA weights are used where it has them.
+        state: a checkpoint: its file, the folder of its run (whose best one is taken), or its content
+            (`checkpoint.load_checkpoint`); its EMA weights are used where it has them.
         device: None takes a GPU if there is one.
         frames: full, canonical, det, stochastic or none. None takes what the checkpoint is evaluated with, but
             canonical in place of stochastic, whose energies would differ from call to call.
@@ -90,12 +94,13 @@ class Predictor:
         properties: names of what is predicted, e.g. ("energy", "forces").
 
     Raises:
-        ValueError: an argument that is not one of the above, or a checkpoint that does not fit its own configuration.
+        ValueError: an argument that is not one of the above, a device that is not there, or a checkpoint that cannot be
+            read or does not fit its own configuration.
     """
 
     def __init__(
         self,
-        state: Mapping[str, Any],
+        state: Mapping[str, Any] | str | Path,
         *,
         device: str | torch.device | None = None,
         frames: str | None = None,
@@ -104,9 +109,16 @@ class Predictor:
         seed: int = 0,
         keep_net_force: bool = False,
     ):
+        self.device = _usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if isinstance(state, str | Path):
+            state = load_checkpoint(checkpoint_file(state))
+        if not isinstance(state, Mapping) or "config" not in state:
+            raise ValueError(
+                f"checkpoint: its file, its run's folder or its content is wanted, not {type(state).__name__}; "
+                "structures come later: Predictor('runs/x/checkpoints/best.pt')([atoms])"
+            )
         trained = build_config(without_removed(state["config"]))
         self.config = config = _inference_config(trained, frames, forces, precision)
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.model, self.tasks = load_model(state, config, self.device)
         self.model.eval().requires_grad_(False)
         embeddings = [module for module in self.model.modules() if isinstance(module, AtomEmbedding)]
@@ -123,12 +135,13 @@ class Predictor:
         self._training_set = next(iter(fits_from_dict(state.get("statistics")).values()), None)
         self._warned: set[str] = set()
 
-    def __call__(self, structures: Sequence[Atoms]) -> list[Prediction]:
+    def __call__(self, structures: Iterable[Atoms]) -> list[Prediction]:
         """Predictions of several structures in one forward pass; they do not depend on each other.
 
         Raises:
-            ValueError: a structure that the model cannot take, with the reason.
+            ValueError: no structures, or one that the model cannot take, with the reason.
         """
+        structures = _checked_list(structures)
         samples = [self._named_sample(atoms) for atoms in structures]
         batch = atomicdata_list_to_batch(samples).to(self.device)
         if self.config.frames.evaluation_method == "stochastic":  # of the other kinds the model makes its own
@@ -144,17 +157,23 @@ class Predictor:
         parts = {
             name: value.split(natoms) if levels[name] == "atom" else value.tolist() for name, value in outputs.items()
         }
-        return [
+        predictions = [
             _prediction(len(atoms), sample.atom_id.numpy(), {name: values[place] for name, values in parts.items()})
             for place, (atoms, sample) in enumerate(zip(structures, samples, strict=True))
         ]
+        for atoms, prediction in zip(structures, predictions, strict=True):
+            if prediction.forces is not None and (~prediction.seen & ~fixed_atoms(atoms)).any():
+                self._warn_once(
+                    "the model does not see the atoms of tag 0 and predicts no forces on them (they are returned as "
+                    "zero), but not all of these atoms are fixed; fix them with ase.constraints.FixAtoms"
+                )
+        return predictions
 
     def _named_sample(self, atoms: Atoms) -> AtomicData:
         try:
             return self.sample(atoms)
         except ValueError as error:
-            name = f" (sid {atoms.info['sid']})" if "sid" in atoms.info else ""
-            raise ValueError(f"structure of {len(atoms)} atoms{name}: {error}") from error
+            raise ValueError(f"{_name(atoms)}: {error}") from error
 
     def sample(self, atoms: Atoms) -> AtomicData:
         """Structure to model input, as the data set makes it of a record.
@@ -172,7 +191,7 @@ class Predictor:
             dataset=self.config.dataset.name,
         )
         if self._training_set is not None and bool(self._training_set.unseen(data.composition)):
-            self.warn_once(f"{atoms.get_chemical_formula()}: has elements that the training set did not have")
+            self._warn_once(f"{atoms.get_chemical_formula()}: has elements that the training set did not have")
         if not len(self.transforms):
             return data
         pos = data.pos
@@ -198,17 +217,70 @@ class Predictor:
                 "all tags are 0 (atoms.get_tags()), and this checkpoint works without atoms of tag 0 (its transform "
                 f"remove_subsurface): nothing would be left; {_HOW_TO_TAG}"
             )
-        if tags == {0} and self._reads_tags:
-            self.warn_once(f"all tags are 0, so the model takes every atom for one below the surface; {_HOW_TO_TAG}")
+        if self._reads_tags or self._removes_subsurface:
+            objection = _doubt_about_tags(atoms)
+            if objection is not None:
+                self._warn_once(f"{objection}; {_HOW_TO_TAG}", of=_name(atoms))
 
     def _knows(self, atomic_number: int) -> bool:
         return 0 < atomic_number <= MAX_ATOMIC_NUMBER and bool(self._known_elements[atomic_number])
 
-    def warn_once(self, message: str) -> None:
-        """Logs a warning, the first time that it comes up."""
+    def _warn_once(self, message: str, of: str = "") -> None:
+        """Logs a warning, the first time that it comes up, with the structure that it came up for."""
         if message not in self._warned:
             self._warned.add(message)
-            logger.warning(message)
+            logger.warning("%s: %s", of, message) if of else logger.warning(message)
+
+
+def checkpoint_file(path: str | Path) -> Path:
+    """The file meant by a path, which may be the folder of a run; `~` and variables are expanded."""
+    path = Path(expand_path(path))
+    best = path / "checkpoints" / "best.pt"
+    return best if best.is_file() else path
+
+
+def _usable_device(device: str | torch.device) -> torch.device:
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # a torch without CUDA asserts it
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        count = torch.cuda.device_count()
+        raise ValueError(f"device: {str(device)!r} cannot be used here, with {count} GPUs: {reason}") from error
+    return torch.device(device)
+
+
+def _checked_list(structures: Iterable[Atoms]) -> list[Atoms]:
+    wanted = "structures: a list of ase.Atoms is wanted, as in predictor([atoms])"
+    if isinstance(structures, Atoms) or not isinstance(structures, Iterable):
+        raise ValueError(f"{wanted}, not {type(structures).__name__}")
+    found = list(structures)
+    if not found:
+        raise ValueError(f"{wanted}, but there is nothing in it")
+    other = [item for item in found if not isinstance(item, Atoms)]
+    if other:
+        raise ValueError(f"{wanted}, but {type(other[0]).__name__} is in it")
+    return found
+
+
+def _name(atoms: Atoms) -> str:
+    sid = f" (sid {atoms.info['sid']})" if "sid" in atoms.info else ""
+    return f"structure of {len(atoms)} atoms{sid}"
+
+
+def _doubt_about_tags(atoms: Atoms) -> str | None:
+    """What makes it unlikely that the tags are OC20's."""
+    tags = atoms.get_tags()
+    if not tags.any():
+        return "all tags are 0, so the model takes every atom for one below the surface"
+    if not (tags == 2).any():
+        return "no atom has tag 2, which is right for a clean slab only"
+    normal = np.cross(atoms.cell[0], atoms.cell[1])
+    if not normal.any():
+        normal = np.array([0.0, 0.0, 1.0])
+    heights = atoms.positions @ (normal if normal @ atoms.cell[2] >= 0 else -normal)
+    if (tags == 1).any() and heights[tags == 2].max() <= heights[tags == 1].mean():
+        return "no atom of tag 2, the adsorbate, lies above those of tag 1, the surface"
+    return None
 
 
 def without_net_force(forces: Tensor, fixed: Tensor, batch: Tensor, num_systems: int) -> Tensor:

@@ -49,5 +49,5 @@ def task_loss(task: Task, outputs: Mapping[str, Any], batch: AtomicData) -> Tens
     target = batch[task.name]
     if task.element_references is not None:
         target = task.element_references.apply_refs(batch, target)
-    target = task.normalizer.norm(target)
+    target = task.normalizer.norm(target).to(batch.pos.dtype)  # not before: see `data.fields`
     return task.loss_fn(outputs[task.name][task.property], target, loss_mask(task, batch), batch.natoms)

@@ -1,6 +1,6 @@
 """Least squares of a label on element counts, from sums that are collected batch by batch.
 
-One pass over the training set gives, without keeping it in memory,
+One pass over the training set gives
 
 - the baselines ``mean predictor`` and ``linear in composition`` of every results table,
 - element references (one energy per atom of an element, as in OCP, no intercept),
@@ -30,7 +30,7 @@ from faenet_ocp.data.fields import NUM_ELEMENTS
 Labels = tuple[Tensor, dict[str, Tensor]]
 """Composition (B, 119) and labels (B,) by target of some systems."""
 
-_ONE, _LABEL = NUM_ELEMENTS, NUM_ELEMENTS + 1  # columns beside the elements in the sums
+_ONE, _LABEL, _REST = range(NUM_ELEMENTS, NUM_ELEMENTS + 3)  # columns beside the elements in the sums
 _LARGEST_SAMPLE = 1_000_000
 # Eigenvalues of A^T A below this share of the largest are rounding noise (about 1e-15 of it). The
 # rarest element of a set of 1e8 frames still lies above.
@@ -86,8 +86,11 @@ class CompositionFit:
 
     def unseen(self, composition: Tensor) -> Tensor:
         """True for systems that hold an element never seen in the fit, (B,) bool on the CPU."""
-        missing = torch.tensor([c is None for c in self.coefficients])
-        return (_check_composition(composition)[:, missing] > 0).any(dim=1)
+        return (_check_composition(composition)[:, self.unseen_elements()] > 0).any(dim=1)
+
+    def unseen_elements(self) -> Tensor:
+        """True for elements never seen in the fit, by atomic number, (119,) bool."""
+        return torch.tensor([c is None for c in self.coefficients])
 
     def to_dict(self) -> dict[str, Any]:
         """The fit as JSON-ready data (never seen = null)."""
@@ -107,13 +110,20 @@ class CompositionFit:
 class CompositionRegression:
     """Streaming least squares of labels on element counts.
 
+    Args:
+        around: a first fit of the same systems. Sums are of what it leaves over, so that nothing is lost where labels
+            are large and what matters of them is not.
+
     Attributes:
-        sums: (121, 121) float64, M^T M over the systems, M = [composition | 1 | label]: every sum that the fit needs.
-            Parts add up, so ranks all-reduce it.
+        sums: (122, 122) float64, M^T M over the systems, M = [composition | 1 | label - its first mean | label - its
+            first prediction] (both 0 without a first fit): every sum that the fit needs. Parts add up, so ranks
+            all-reduce it.
     """
 
-    def __init__(self) -> None:
-        self.sums = torch.zeros(NUM_ELEMENTS + 2, NUM_ELEMENTS + 2, dtype=torch.float64)
+    def __init__(self, around: CompositionFit | None = None) -> None:
+        self.mean = around.mean if around else 0.0
+        self.references = around.element_references() if around else torch.zeros(NUM_ELEMENTS, dtype=torch.float64)
+        self.sums = torch.zeros(NUM_ELEMENTS + 3, NUM_ELEMENTS + 3, dtype=torch.float64)
 
     def update(self, composition: Tensor, label: Tensor) -> None:
         """Adds systems.
@@ -132,14 +142,15 @@ class CompositionRegression:
         bad = int((~torch.isfinite(values)).sum())
         if bad:
             raise ValueError(f"{bad} of {values.shape[0]} labels are not finite")
-        rows = torch.cat([counts, torch.ones(len(counts), 1).double(), values[:, None]], dim=1)
+        others = [torch.ones_like(values), values - self.mean, values - counts @ self.references]
+        rows = torch.cat([counts, torch.stack(others, dim=1)], dim=1)
         self.sums += rows.T @ rows
 
     def solve(self) -> CompositionFit:
         """Minimum-norm least-squares coefficients with the statistics around them.
 
-        The statistics come from the same sums, so the standard deviations carry a rounding error of
-        about 1e-8 of the root mean square label.
+        The statistics come from the same sums, so the standard deviations carry a rounding error of about 1e-8 of the
+        root mean square label, or of what the first fit leaves over.
 
         Raises:
             ValueError: no system was added.
@@ -149,19 +160,18 @@ class CompositionRegression:
             raise ValueError("cannot fit element references: no system was given")
         seen = self.sums[_ONE, :NUM_ELEMENTS] > 0
         gram = self.sums[:NUM_ELEMENTS, :NUM_ELEMENTS][seen][:, seen]
-        moment, counts = self.sums[_LABEL, :NUM_ELEMENTS][seen], self.sums[_ONE, :-2][seen]
+        moment, counts = self.sums[_REST, :NUM_ELEMENTS][seen], self.sums[_ONE, :NUM_ELEMENTS][seen]
         solution, rank = _solve_gram(gram, moment)
-        mean = float(self.sums[_ONE, _LABEL]) / n
-        sumsq = float(self.sums[_LABEL, _LABEL])
-        residual_mean = mean - float(solution @ counts) / n
-        residual_sumsq = sumsq + float(solution @ (gram @ solution - 2.0 * moment))
+        shift, sumsq = float(self.sums[_ONE, _LABEL]) / n, float(self.sums[_LABEL, _LABEL])
+        residual_mean = float(self.sums[_ONE, _REST] - solution @ counts) / n
+        residual_sumsq = float(self.sums[_REST, _REST] + solution @ (gram @ solution - 2.0 * moment))
         coefficients: list[float | None] = [None] * NUM_ELEMENTS
         for number, value in zip(seen.nonzero().flatten().tolist(), solution.tolist(), strict=True):
-            coefficients[number] = value
+            coefficients[number] = float(self.references[number]) + value
         return CompositionFit(
             coefficients=tuple(coefficients),
-            mean=mean,
-            stdev=math.sqrt(max(sumsq / n - mean**2, 0.0)),
+            mean=self.mean + shift,
+            stdev=math.sqrt(max(sumsq / n - shift**2, 0.0)),
             residual_mean=residual_mean,
             residual_stdev=math.sqrt(max(residual_sumsq / n - residual_mean**2, 0.0)),
             num_systems=n,
@@ -192,12 +202,12 @@ class CompositionReferences(nn.Module):
         return per_atom.new_zeros(len(batch.natoms)).index_add(0, batch.batch, per_atom)
 
     def apply_refs(self, batch: AtomicData, tensor: Tensor) -> Tensor:
-        """Labels (B,) to labels relative to the references."""
-        return (tensor.double() - self.energy(batch)).to(tensor.dtype)
+        """Labels (B,) to labels relative to the references, float64."""
+        return tensor.double() - self.energy(batch)
 
     def undo_refs(self, batch: AtomicData, tensor: Tensor) -> Tensor:
         """The inverse of `apply_refs`."""
-        return (tensor.double() + self.energy(batch)).to(tensor.dtype)
+        return tensor.double() + self.energy(batch)
 
 
 def statistics_sample(total: int) -> NDArray[np.int64]:
@@ -218,6 +228,9 @@ def labels_of(batches: Sequence[AtomicData], *, names: Sequence[str]) -> Labels:
 def fit_labels(parts: Iterable[Labels], names: Sequence[str]) -> dict[str, CompositionFit]:
     """Fits of labels by target over the systems of all ranks.
 
+    Element counts and labels are kept (about 100 bytes a system) and gone through twice: the second fit is of what the
+    first leaves over, so that an offset of the labels, however large, changes none of the statistics but the mean.
+
     Args:
         parts: this rank's share of the training set.
         names: of targets that are scalars of systems.
@@ -226,10 +239,22 @@ def fit_labels(parts: Iterable[Labels], names: Sequence[str]) -> dict[str, Compo
         ValueError: no systems, or labels that are not finite.
     """
     regressions = {name: CompositionRegression() for name in names}
-    hidden = None if distutils.is_master() else True
+    hidden, kept = None if distutils.is_master() else True, []
     for composition, labels in tqdm(parts, desc="label statistics", unit="batch", leave=False, disable=hidden):
         for name, regression in regressions.items():
             regression.update(composition, labels[name])
+        # Copies: what comes from the loader's processes holds a file open for each tensor.
+        kept.append((composition.to_sparse(), {name: labels[name].clone() for name in names}))
+    fits = _solve_all(regressions)
+    regressions = {name: CompositionRegression(fit) for name, fit in fits.items()}
+    for composition, labels in kept:
+        for name, regression in regressions.items():
+            regression.update(composition.to_dense(), labels[name])
+    return _solve_all(regressions)
+
+
+def _solve_all(regressions: Mapping[str, CompositionRegression]) -> dict[str, CompositionFit]:
+    """The fits of the systems of all ranks."""
     if distutils.get_world_size() > 1:
         for regression in regressions.values():
             sums = regression.sums.to(distutils.get_device_for_local_rank())

@@ -1,5 +1,6 @@
 """What is predicted: fairchem tasks, the only owners of normalised <-> physical units (eV and eV/Angstrom)."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,9 @@ from faenet_ocp.tasks.losses import SummedLoss
 from faenet_ocp.tasks.references import CompositionFit, CompositionReferences
 
 Units = tuple[Normalizer, CompositionReferences | None]
+
+_ROUNDING = 1e-10
+"""A standard deviation below this share of the labels' size is rounding noise of the fit."""
 
 
 @dataclass(kw_only=True)
@@ -47,7 +51,7 @@ def make_tasks(config: Config, fits: Mapping[str, CompositionFit]) -> list[Targe
 
 def restore_tasks(config: Config, state: Mapping[str, Any]) -> list[TargetTask]:
     """The tasks of a configuration with the units of a checkpoint; see `load_tasks_state`."""
-    tasks = [_make_task(config, target, (Normalizer(), None)) for target in config.targets]
+    tasks = [_make_task(config, target, (_normalizer(0.0, 1.0), None)) for target in config.targets]
     load_tasks_state(tasks, state)
     return tasks
 
@@ -84,18 +88,31 @@ def _configured_units(config: Config, target: Target, fits: Mapping[str, Composi
     if output.normalizer == "fit":
         fit = fits[target.name]
         mean, stdev = (fit.residual_mean, fit.residual_stdev) if references else (fit.mean, fit.stdev)
-        if stdev <= 0:
-            raise ValueError(f"{key}.normalizer: fit: all training labels are equal, nothing to scale by")
+        if stdev <= _ROUNDING * math.hypot(fit.mean, fit.stdev):
+            raise ValueError(f"{key}.normalizer: fit: {_nothing_to_scale_by(fit, references)}")
     else:
         mean, stdev = output.normalizer.mean, output.normalizer.stdev
-    return Normalizer(mean=float(mean), rmsd=float(stdev)), references
+    return _normalizer(mean, stdev), references
+
+
+def _normalizer(mean: float, stdev: float) -> Normalizer:
+    """In float64: from numbers alone it would have float32."""
+    return Normalizer(*torch.tensor([mean, stdev], dtype=torch.float64))
+
+
+def _nothing_to_scale_by(fit: CompositionFit, references: CompositionReferences | None) -> str:
+    what = f"all {fit.num_systems} training labels are equal"
+    if references is not None:
+        what = f"element references reproduce all {fit.num_systems} training labels exactly (rank {fit.rank})"
+    return f"{what}, nothing to scale by; give mean and stdev, or more training systems"
 
 
 def to_physical(tasks: Sequence[Task], outputs: Mapping[str, Any], batch: AtomicData) -> dict[str, Tensor]:
-    """Model outputs to predictions in physical units, e.g. energy (B,) in eV, forces (N, 3) in eV/Angstrom."""
+    """Model outputs to predictions in physical units: energy (B,) in eV, float64, forces (N, 3) in eV/Angstrom."""
     physical = {}
     for task in tasks:
-        value = task.normalizer.denorm(outputs[task.name][task.property])
+        value = outputs[task.name][task.property]
+        value = task.normalizer.denorm(value.double() if task.level == "system" else value)
         if task.element_references is not None:
             value = task.element_references.undo_refs(batch, value)
         physical[task.name] = value
@@ -132,6 +149,13 @@ def conservative_outputs(model: nn.Module, tasks: Sequence[Task], batch: AtomicD
     return outputs
 
 
+def unseen_elements(tasks: Sequence[Task], fits: Mapping[str, CompositionFit]) -> Tensor:
+    """Elements that the training set lacks, as far as its statistics or fitted references tell, (119,) bool."""
+    unseen = [fit.unseen_elements() for fit in fits.values()]
+    unseen += [task.element_references.coefficients.cpu() == 0 for task in tasks if task.element_references is not None]
+    return torch.stack([torch.zeros(NUM_ELEMENTS, dtype=torch.bool), *unseen]).any(dim=0)
+
+
 def tasks_state(tasks: Sequence[Task]) -> dict[str, Any]:
     """Normalisers and references as plain data for a checkpoint."""
     return {
@@ -156,7 +180,7 @@ def load_tasks_state(tasks: Sequence[Task], state: Mapping[str, Any]) -> None:
         if task.name not in state:
             raise ValueError(f"the checkpoint predicts {', '.join(state)}, not {task.name}")
         values = state[task.name]
-        task.normalizer = Normalizer(mean=values["mean"], rmsd=values["stdev"])
+        task.normalizer = _normalizer(values["mean"], values["stdev"])
         coefficients = values["element_references"]
         if coefficients is not None and len(coefficients) != NUM_ELEMENTS:
             raise ValueError(f"the checkpoint's element references have {len(coefficients)} of {NUM_ELEMENTS} entries")

@@ -12,13 +12,14 @@ from torch.utils.data import Dataset
 
 from faenet_ocp import build
 from faenet_ocp.checkpoint import load_checkpoint, load_weights
-from faenet_ocp.config.schema import Config
+from faenet_ocp.config.schema import Config, SourceConfig
 from faenet_ocp.data.fields import NUM_ELEMENTS
 from faenet_ocp.data.loader import TrainBatchSampler
 from faenet_ocp.tasks.references import CompositionFit
 from faenet_ocp.tasks.tasks import make_tasks
 from faenet_ocp.training.loggers import check_logger
 from faenet_ocp.training.optim import make_optimizer, total_steps, warn_of_long_warmup
+from faenet_ocp.training.samples import check_samples
 from faenet_ocp.training.start import check_resumption
 
 _STATISTICS = {"mean": 0.0, "stdev": 1.0, "residual_mean": 0.0, "residual_stdev": 1.0}
@@ -61,6 +62,7 @@ class FAENetTrainer:
         datasets = self.datasets()
         if not datasets:
             raise ValueError("dataset: no splits are given")
+        check_samples(self.config, self._sources(), mode=self.mode)
         if self.mode == "predict" and not self.config.dataset.test:
             logging.info("dataset.test is not given: predicting the validation splits (%s)", ", ".join(datasets))
         if self.mode == "train":
@@ -90,20 +92,24 @@ class FAENetTrainer:
         Raises:
             ValueError: one cannot be opened; names the split.
         """
-        given, opened = self.config.dataset, {}
-        sources = {"train": given.train} if given.train is not None and self.mode in ("train", "check") else {}
-        sources |= given.test if self.mode == "predict" and given.test else given.val
-        if self.mode == "check":
-            sources |= {f"test {split}": source for split, source in given.test.items()}
-        for split, source in sources.items():
+        opened = {}
+        for split, source in self._sources().items():
             labelled = self.mode != "predict" and not split.startswith("test ")
             try:
                 opened[split] = build.make_dataset(
-                    self.config, source, training=source is given.train, labelled=labelled
+                    self.config, source, training=source is self.config.dataset.train, labelled=labelled
                 )
             except (ValueError, OSError) as error:
                 raise ValueError(f"dataset, split {split}: {error}") from error
         return opened
+
+    def _sources(self) -> dict[str, SourceConfig]:
+        given = self.config.dataset
+        sources = {"train": given.train} if given.train is not None and self.mode in ("train", "check") else {}
+        sources |= given.test if self.mode == "predict" and given.test else given.val
+        if self.mode == "check":
+            sources |= {f"test {split}": source for split, source in given.test.items()}
+        return sources
 
     def unusable_records(self) -> dict[str, list[str]]:
         """Reads every record of every split in several processes: for each split, what cannot be used and why."""

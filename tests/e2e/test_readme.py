@@ -126,7 +126,7 @@ def test_keys_of_the_table_exist() -> None:
 
 def test_the_example_relaxes(s2ef_checkpoint: Path) -> None:
     """With the weights of a small model, and a loose force limit."""
-    (code,) = [block for kind, block in BLOCKS if kind == "python" and "from_checkpoint" in block]
+    (code,) = [block for kind, block in BLOCKS if kind == "python" and "FAENetCalculator" in block]
     code = code.replace("runs/s2ef/checkpoints/best.pt", str(s2ef_checkpoint)).replace("fmax=0.05", "fmax=100.0")
     scope: dict[str, Any] = {}
     exec(compile(code, "README.md", "exec"), scope)

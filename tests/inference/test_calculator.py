@@ -1,8 +1,11 @@
 """The ASE calculator: the numbers of validation, any Atoms, no stale state, clear errors."""
 
+import copy
 import json
 import logging
+import pickle
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -227,14 +230,12 @@ def test_scalars_that_the_configuration_declares(s2ef: State) -> None:
     assert gaps[1] == pytest.approx(3 + 2 * gaps[0]) != gaps[0]
 
 
-def test_the_net_force_is_taken_out_where_no_fixed_atom_is_seen(
-    s2ef: dict[str, Any], s2ef_without_subsurface: dict[str, Any]
-) -> None:
+def test_the_net_force_is_taken_out_where_no_fixed_atom_is_seen(s2ef: State) -> None:
+    s2ef["config"]["dataset"]["transforms"] = {"remove_subsurface": {}}
     held, free = slab(1), slab(2)
     held.set_constraint(FixAtoms(np.flatnonzero(held.get_tags() < 2)))
     kept, removed = (
-        Predictor(s2ef_without_subsurface, precision="float64", keep_net_force=keep)([held, free, slab(3)])
-        for keep in (True, False)
+        Predictor(s2ef, precision="float64", keep_net_force=keep)([held, free, slab(3)]) for keep in (True, False)
     )
     np.testing.assert_array_equal(removed[0].forces, kept[0].forces)
     for before, after in zip(kept[1:], removed[1:], strict=True):
@@ -275,6 +276,31 @@ def test_nothing_is_stale_along_a_path(s2ef: State) -> None:
         before = energy
 
 
+@pytest.mark.parametrize("forces", ["prediction", "energy_gradient"])
+def test_threads_share_a_calculator(s2ef: State, forces: str) -> None:
+    structures = [slab(i, layers=2 + i % 3) for i in range(10)]
+    calculator = FAENetCalculator(s2ef, forces=forces)
+    expected = [Predictor(s2ef, forces=forces)([atoms])[0] for atoms in structures]
+
+    def calculate(number: int) -> bool:
+        atoms, answer = structures[number].copy(), expected[number]
+        atoms.calc = calculator
+        same = atoms.get_potential_energy() == answer.energy
+        return same and np.array_equal(atoms.get_forces(apply_constraint=False), answer.forces)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(calculate, [*range(10)] * 4))
+
+
+def test_copies_and_pickles_calculate_anew(s2ef: State) -> None:
+    calculator, atoms = FAENetCalculator(s2ef), slab(2)
+    energy = calculator.get_potential_energy(atoms)
+    for other in (copy.deepcopy(calculator), pickle.loads(pickle.dumps(calculator))):
+        assert other.results == {}
+        assert other.get_potential_energy(atoms) == energy
+    assert calculator.results["energy"] == energy
+
+
 def test_stochastic_frames_have_their_own_generator(s2ef: State) -> None:
     structures = [slab(i) for i in range(3)]
 
@@ -313,6 +339,8 @@ def _nan() -> ase.Atoms:
         (ase.Atoms(numbers=[8, 121], positions=[[0, 0, 0], [1, 0, 0]], tags=[2, 2]), "does not know element 121"),
         (fcc111("Cu", (1, 1, 4), vacuum=5), r"tags \[3, 4\] are not among OC20's; set OC20's tags"),
         (ase.Atoms("Cu", cell=[3, 3, 0], pbc=True, tags=[1]), "span no cell"),
+        (ase.Atoms("HCO", positions=[[2, 0, 0], [0, 0, 0], [0, 0, 0]], tags=2), "atoms 1 and 2 on one point"),
+        (ase.Atoms("Cu2", positions=np.diag([0, 3.6, 0])[:2], cell=[3.6] * 3, pbc=True), "atoms 0 and 1 on one point"),
     ],
 )
 def test_structures_that_no_model_can_take(s2ef: State, atoms: ase.Atoms, message: str) -> None:
@@ -335,6 +363,24 @@ def test_a_slab_without_tags(s2ef: State, is2re: State, caplog: pytest.LogCaptur
         Predictor(is2re)([atoms])
     Predictor(s2ef)([atoms, atoms])
     assert caplog.text.count("all tags are 0, so the model takes every atom for one below the surface") == 1
+
+
+@pytest.mark.parametrize("upside_down", [False, True])
+def test_tags_that_are_unlikely_are_said_once(s2ef: State, caplog: pytest.LogCaptureFixture, upside_down: bool) -> None:
+    """The surface's atoms lie above the adsorbate's, or there are none of these; wherever up is."""
+    predictor, clean, swapped = Predictor(s2ef), slab(1), slab(2)
+    del clean[clean.get_tags() == 2]
+    clean.info["sid"] = "clean"
+    swapped.set_tags(2 - swapped.get_tags())
+    structures = [slab(0), swapped, clean, swapped, clean, molecule("H2O", tags=2)]
+    if upside_down:
+        for atoms in structures:
+            atoms.rotate(180, "x", rotate_cell=True)
+    predictor(structures[:1])
+    assert not caplog.text
+    predictor(structures)
+    assert caplog.text.count("no atom of tag 2, the adsorbate, lies above those of tag 1") == 1
+    assert caplog.text.count("(sid clean): no atom has tag 2, which is right for a clean slab only; set OC20's") == 1
 
 
 def test_elements_outside_the_training_set_are_said(s2ef: State, caplog: pytest.LogCaptureFixture) -> None:
@@ -365,3 +411,41 @@ def test_transforms_that_move_atoms_are_refused(s2ef: State) -> None:
 def test_options(s2ef: State, options: dict[str, str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Predictor(s2ef, **options)
+
+
+@pytest.mark.parametrize("given", [[], slab(), (slab() for _ in range(2)), None, 3])
+def test_what_is_no_checkpoint(given: Any) -> None:
+    with pytest.raises(ValueError, match="checkpoint: its file, its run's folder or its content is wanted, not"):
+        Predictor(given)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [([], "nothing in it"), (slab(), "not Atoms"), (None, "not NoneType"), (["a.xyz"], "str is in it")],
+)
+def test_what_is_no_list_of_structures(s2ef: State, given: Any, message: str) -> None:
+    predictor = Predictor(s2ef)
+    with pytest.raises(ValueError, match=rf"a list of ase\.Atoms is wanted, as in predictor\(\[atoms\]\).*{message}"):
+        predictor(given)
+    assert predictor(slab(i) for i in range(2))[1].energy == pytest.approx(predictor([slab(1)])[0].energy, abs=1e-6)
+
+
+def test_checkpoints_by_their_file_or_the_folder_of_their_run(
+    checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = checkpoints["s2ef"]
+    run = path.parents[1]
+    monkeypatch.setenv("HOME", str(run.parent))
+    energy = FAENetCalculator.from_checkpoint(path).get_potential_energy(slab())
+    for given in (path, str(path), run, f"~/{run.name}", f"$HOME/{run.name}/checkpoints/best.pt"):
+        assert FAENetCalculator(given).get_potential_energy(slab()) == energy
+    with pytest.raises(ValueError, match=r"checkpoint .*runs/nothing"):
+        FAENetCalculator(run.parent / "nothing")
+    with pytest.raises(ValueError, match="frames: give them to the Predictor"):
+        FAENetCalculator(Predictor(path), frames="full")
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99"])
+def test_a_device_that_is_not_there(s2ef: State, device: str) -> None:
+    with pytest.raises(ValueError, match=f"device: '{device}' cannot be used here, with .* GPUs: "):
+        Predictor(s2ef, device=device)

@@ -5,6 +5,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import resource
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,16 +16,17 @@ import numpy as np
 import pytest
 from ase.calculators.emt import EMT
 from ase.calculators.singlepoint import SinglePointCalculator
+from ase.constraints import FixAtoms, FixBondLength, FixCartesian, FixScaled, dict2constraint
 from ase.optimize import LBFGS
 
 import small_data
 import small_runs
-from faenet_ocp import relax
+from faenet_ocp import FAENetCalculator, relax
+from faenet_ocp.data.atoms import fixed_atoms
 from faenet_ocp.inference.predictor import Prediction
 from faenet_ocp.inference.relaxation_run import (
     average_distance_within_threshold,
     mean_distance,
-    open_structures,
     relaxation_metrics,
     run,
 )
@@ -140,6 +142,20 @@ def test_a_structure_that_fails_does_not_disturb_the_others() -> None:
         np.testing.assert_array_equal(results[index].atoms.positions, alone[index].atoms.positions)
 
 
+def test_constraints_that_cannot_be_kept_do_not_disturb_the_others() -> None:
+    structures = _structures(2)
+    structures[0].set_constraint(FixBondLength(0, 1))
+    structures[0].constraints[0].maxiter = 0
+    failed, other = sorted(relax(enumerate(structures), EmtForces(), **SETTINGS), key=lambda result: result.index)
+    assert (failed.status, failed.steps, failed.reason) == (
+        "failed",
+        0,
+        "its constraints cannot be kept (Did not converge)",
+    )
+    np.testing.assert_array_equal(failed.atoms.positions, _structures(2)[0].positions)
+    assert other.steps > 0
+
+
 def _energies_only(structures: Sequence[ase.Atoms]) -> list[Prediction]:
     return [Prediction({"energy": 0.0}, np.ones(len(atoms), dtype=bool)) for atoms in structures]
 
@@ -161,8 +177,52 @@ def test_mistakes() -> None:
         with pytest.raises(ValueError, match=message):
             list(relax([(4, atoms)], evaluate))
     assert list(relax([(4, slab())], blind, max_steps=1))
-    with pytest.raises(ValueError, match="batch_size: 0 is not positive"):
-        list(relax([], blind, batch_size=0))
+    for limit, message in (("batch_size", "batch_size: 0 is not positive"), ("max_steps", "max_steps: -1 is negative")):
+        with pytest.raises(ValueError, match=message):
+            list(relax([], blind, **{limit: int(message.split()[1])}))
+
+
+@pytest.mark.parametrize("energies_only", [False, True])
+def test_no_steps_evaluate_structures_as_they_are(energies_only: bool) -> None:
+    evaluate = _energies_only if energies_only else EmtForces()
+    for result in relax(enumerate(_structures(2)), evaluate, max_steps=0):
+        atoms, emt = _structures(2)[result.index], EmtForces().one(result.atoms)
+        assert (result.steps, result.status) == (0, "max_steps")
+        np.testing.assert_array_equal(result.atoms.positions, atoms.positions)
+        assert result.initial_energy == result.atoms.get_potential_energy() == (0 if energies_only else emt.energy)
+        if not energies_only:
+            np.testing.assert_array_equal(result.atoms.get_forces(apply_constraint=False), emt.forces)
+
+
+@pytest.mark.parametrize(
+    "constraints",
+    [
+        [FixAtoms(range(8))],
+        [FixScaled(range(8))],
+        [FixCartesian(range(8), (True, False, True)), FixCartesian(range(8), (False, True, False))],
+        [FixCartesian([i], (True, True, True)) for i in range(8)],
+    ],
+)
+def test_atoms_that_cannot_move_are_fixed(constraints: list) -> None:
+    atoms = slab()
+    atoms.set_constraint(constraints)
+    np.testing.assert_array_equal(fixed_atoms(atoms), np.arange(len(atoms)) < 8)
+    atoms.set_constraint([FixCartesian(range(8), (True, True, False)), FixScaled([0, 1], (True, False, True))])
+    assert not fixed_atoms(atoms).any()
+
+
+def test_more_trajectories_than_open_files(tmp_path: Path) -> None:
+    def relax_all() -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 10,) * 2)
+        options = {"max_steps": 3, "batch_size": 40, "trajectories": tmp_path}
+        assert len(list(relax(((i, slab(0, layers=1)) for i in range(40)), EmtForces(), **options))) == 40
+
+    process = multiprocessing.get_context("fork").Process(target=relax_all)
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    assert {len(ase.io.read(path, ":")) for path in tmp_path.glob("*.traj")} == {4}
+    assert len(list(tmp_path.iterdir())) == 40
 
 
 # ------------------------------------------------------------------------------------ a whole job
@@ -189,7 +249,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_results_hold_what_was_found(uninterrupted: Path) -> None:
     frames = _frames(uninterrupted)
     by_hand = {r.index: r for r in relax(enumerate(_structures(6)), EmtForces(), **SETTINGS)}
-    assert sorted(frames) == list(range(6))
+    assert list(frames) == list(range(6)) != list(by_hand), "in the order of the input, which is not that of finishing"
     for index, atoms in frames.items():
         result = by_hand[index]
         np.testing.assert_allclose(atoms.positions, result.atoms.positions, rtol=0, atol=1e-7)
@@ -217,6 +277,14 @@ def test_other_settings_need_another_folder(uninterrupted: Path, tmp_path: Path)
         run(_structures(6), EmtForces(), uninterrupted, settings={**SETTINGS, "fmax": 0.1})
     with pytest.raises(ValueError, match="num_structures: 6, now 5"):
         run(_structures(5), EmtForces(), uninterrupted, settings=SETTINGS)
+    moved, tagged, freed, named = (_structures(6) for _ in range(4))
+    moved[3].positions[-1, 0] += 1e-6
+    tagged[3].set_tags(2)
+    freed[3].set_constraint()
+    named[3].info["sid"] = "other"
+    for structures in (moved, tagged, freed, named):
+        with pytest.raises(ValueError, match=r"other settings \(the content of the structures has changed\)"):
+            run(structures, EmtForces(), uninterrupted, settings=SETTINGS)
     # A run that ended before it had any result leaves nothing in the way.
     with pytest.raises(ValueError, match="needs forces"):
         run(_structures(1), _energies_only, tmp_path, settings=SETTINGS)
@@ -232,6 +300,106 @@ def test_a_torn_last_frame_is_relaxed_again(uninterrupted: Path, tmp_path: Path,
     run(_structures(6), evaluate, tmp_path, settings=SETTINGS, batch_size=2)
     assert len({sid for batch in evaluate.batches for sid in batch}) == 1
     _assert_same(tmp_path, uninterrupted)
+
+
+SIDS = ("", "two\nlines", "0012", "1e5", "T", "a b", "q\"u\\o'te =[x] {y}", "_JSON 1", " input_index=7 ", "\u00e9", "7")
+
+
+def test_sids_come_back_as_they_went_in(tmp_path: Path) -> None:
+    structures = [slab(0, layers=1) for _ in SIDS]
+    for atoms, sid in zip(structures, SIDS, strict=True):
+        atoms.info["sid"] = sid
+    run(structures, EmtForces(), tmp_path, settings=SETTINGS | {"max_steps": 0})
+    assert [atoms.info["sid"] for atoms in _frames(tmp_path).values()] == list(SIDS)
+    assert list(_frames(tmp_path)) == list(range(len(SIDS)))
+
+
+def test_constraints_are_kept(tmp_path: Path) -> None:
+    given = [
+        [FixAtoms([0, 1, 2]), FixCartesian([3, 4], (True, True, False))],
+        [FixScaled([0, 1]), FixBondLength(12, 13)],
+        [FixScaled([0, 1], (True, False, True))],
+    ]
+    structures = [slab(2) for _ in given]
+    for atoms, constraints in zip(structures, given, strict=True):
+        atoms.set_constraint(constraints)
+    run(structures, EmtForces(), tmp_path, settings=SETTINGS | {"max_steps": 2})
+    moves = np.random.default_rng(0).normal(scale=0.1, size=(len(slab(2)), 3))
+    for atoms, constraints in zip(_frames(tmp_path).values(), given, strict=True):
+        kept = atoms.constraints + [dict2constraint(one) for one in atoms.info.get("constraints", ())]
+        after = []
+        for some in (constraints, kept):
+            probe = slab(2)
+            probe.set_constraint(some)
+            probe.set_positions(probe.positions + moves)
+            after.append(probe.positions)
+        np.testing.assert_allclose(*after, rtol=0, atol=1e-9)
+
+
+def test_one_process_at_a_time(tmp_path: Path) -> None:
+    refused = []
+
+    class Twice(EmtForces):
+        def one(self, atoms: ase.Atoms) -> Prediction:
+            if len(self.batches) == 3:
+                try:
+                    run(_structures(3), EmtForces(), tmp_path, settings=SETTINGS)
+                except ValueError as error:
+                    refused.append(str(error))
+            return super().one(atoms)
+
+    run(_structures(3), Twice(), tmp_path, settings=SETTINGS)
+    assert refused
+    assert all(message.startswith(f"{tmp_path}: another process is writing there") for message in refused)
+    assert list(_frames(tmp_path)) == [0, 1, 2]
+    run(_structures(3), _energies_only, tmp_path, settings=SETTINGS)  # the lock is free again
+
+
+class _Unusable(Sequence):
+    """Five structures: 0 cannot be read, 1 cannot be taken, 2 gives no number, 4 fails in its third step."""
+
+    def __len__(self) -> int:
+        return 5
+
+    def __getitem__(self, index: int) -> ase.Atoms:
+        if index == 0:
+            raise ValueError("a.vasp: ASE cannot read it")
+        return _structures(5)[index]
+
+    @staticmethod
+    def forces(structures: Sequence[ase.Atoms]) -> list[Prediction]:
+        predictions = EmtForces()(structures)
+        for atoms, prediction in zip(structures, predictions, strict=True):
+            if atoms.info["sid"] == "101":
+                raise ValueError("has atoms 0 and 1 on one point")
+            if atoms.info["sid"] == "102":
+                prediction.values["energy"] = np.nan
+            if atoms.info["sid"] == "104" and abs(atoms.positions[-1, 2] - _structures(5)[4].positions[-1, 2]) > 0.1:
+                raise ValueError("too far")
+        return predictions
+
+
+def test_unusable_structures_are_left_out_and_listed(tmp_path: Path) -> None:
+    for _ in range(2):  # the second time nothing is left to do, and the list is the same
+        metrics = run(_Unusable(), _Unusable.forces, tmp_path, settings=SETTINGS)
+        assert metrics["left_out"] == [
+            {"index": 0, "sid": None, "reason": "a.vasp: ASE cannot read it"},
+            {"index": 1, "sid": "101", "reason": "has atoms 0 and 1 on one point"},
+            {"index": 2, "sid": "102", "reason": "energy or forces at its initial positions are not finite"},
+        ]
+        assert json.loads((tmp_path / "metrics.json").read_text()) == metrics
+    frames = _frames(tmp_path)
+    assert list(frames) == [3, 4]
+    assert (frames[4].info["status"], frames[4].info["steps"] > 0) == ("failed", True)
+    assert frames[4].info["reason"] == "too far"
+    (alone,) = relax([(3, _structures(5)[3])], EmtForces(), **SETTINGS)
+    np.testing.assert_allclose(frames[3].positions, alone.atoms.positions, rtol=0, atol=1e-7)
+    with pytest.raises(ValueError, match="ASE cannot read it"):
+        run(_Unusable(), _Unusable.forces, tmp_path / "strict", settings=SETTINGS, strict=True)
+    with pytest.raises(ValueError, match="structure 1: has atoms 0 and 1 on one point"):
+        list(relax([(1, _structures(2)[1])], _Unusable.forces))
+    with pytest.raises(ValueError, match="none of the 1 structures is usable; the first: has atoms"):
+        run(_structures(2)[1:], _Unusable.forces, tmp_path / "none", settings=SETTINGS)
 
 
 class _Killing(EmtForces):
@@ -294,12 +462,13 @@ def test_metrics_of_relaxed_structures() -> None:
     for index, (status, error, shift) in enumerate([("converged", 0.01, 0.02), ("failed", -0.5, 0.3)]):
         atoms = slab(index)
         atoms.set_array("pos_relaxed", atoms.positions + np.array([0, 0, shift]))
-        atoms.info |= {"y_relaxed": 1.0, "steps": 2 + index, "status": status}
+        atoms.info |= {"y_relaxed": 1.0, "steps": 2 + index, "status": status, "common_displacement": shift}
         atoms.calc = SinglePointCalculator(atoms, energy=1.0 + error)
         frames.append(atoms)
     metrics = relaxation_metrics(frames)
     assert (metrics["num_structures"], metrics["num_converged"], metrics["num_failed"]) == (2, 1, 1)
     assert metrics["mean_steps"] == 2.5
+    assert (metrics["mean_common_displacement"], metrics["max_common_displacement"]) == (pytest.approx(0.16), 0.3)
     assert metrics["energy"]["energy_mae"] == pytest.approx(0.255)
     assert metrics["energy"]["energy_within_threshold"] == 50
     assert metrics["positions"]["mean_distance"] == pytest.approx(0.16, abs=1e-6)
@@ -319,32 +488,6 @@ def script() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def test_structures_of_an_lmdb(small_is2re: Path, small_s2ef: Path) -> None:
-    structures = open_structures(small_is2re / "is2re" / "all" / "val_id")
-    assert len(structures) == 4
-    for index, atoms in enumerate(structures):
-        expected = small_data.make_fields(index, seed=1)
-        np.testing.assert_array_equal(atoms.positions, expected["pos"].double().numpy())
-        np.testing.assert_array_equal(atoms.arrays["pos_relaxed"], expected["pos_relaxed"].double().numpy())
-        np.testing.assert_array_equal(atoms.constraints[0].index, np.flatnonzero(expected["fixed"]))
-        assert atoms.info == {"sid": str(expected["sid"]), "y_relaxed": pytest.approx(expected["y_relaxed"])}
-        assert atoms.pbc.all()
-    (frame,) = open_structures(small_s2ef / "s2ef" / "all" / "val_id" / "data.0000.lmdb")[:1]
-    assert set(frame.info) == {"sid"}
-    assert not frame.has("pos_relaxed")
-    with pytest.raises(FileNotFoundError):
-        open_structures(small_is2re / "nothing.xyz")
-    with pytest.raises(ValueError, match="ASE cannot read it"):
-        open_structures(Path(__file__))
-
-
-def test_relaxed_positions_of_another_shape_are_an_error(tmp_path: Path) -> None:
-    fields = small_data.make_fields(0) | {"pos_relaxed": small_data.make_fields(0)["pos"][:-1]}
-    path = small_data.write_lmdb(tmp_path / "data.lmdb", [small_data.dump_record(fields)])
-    with pytest.raises(ValueError, match=r"data\.lmdb: record 0 .*pos_relaxed"):
-        open_structures(path)[0]
 
 
 def test_the_command(
@@ -389,3 +532,32 @@ def test_the_command_on_a_file_of_ase(checkpoint: Path, script: ModuleType, tmp_
         assert np.abs(atoms.positions - slab(index).positions).max() > 1e-3
     with pytest.raises(SystemExit, match="there is no such file"):
         script.main(["--checkpoint", str(tmp_path / "none.pt"), *arguments])
+
+
+def test_the_command_leaves_out_what_it_cannot_use(
+    checkpoint: Path, script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A folder of POSCARs, energies and forces as they are, by the folder of a run; compared with the calculator."""
+    (tmp_path / "in").mkdir()
+    structures = [slab(number) for number in range(3)]
+    structures[2].positions[3] = structures[2].positions[5] + structures[2].cell[0]
+    for number, atoms in enumerate(structures):
+        ase.io.write(tmp_path / "in" / f"{number}.vasp", atoms, format="vasp")
+    arguments = ["--checkpoint", str(checkpoint.parents[1]), "--input", str(tmp_path / "in"), "--max-steps", "0"]
+    with pytest.raises(SystemExit) as ending:
+        script.main([*arguments, "--output", str(tmp_path / "out")])
+    assert ending.value.code == 3
+    assert "1 structures could not be used" in capsys.readouterr().err
+    (left_out,) = json.loads((tmp_path / "out" / "metrics.json").read_text())["left_out"]
+    assert (left_out["index"], left_out["sid"]) == (2, "2.vasp")
+    assert "atoms 3 and 5 on one point" in left_out["reason"]
+    for name, atoms in zip(("0.vasp", "1.vasp"), _frames(tmp_path / "out").values(), strict=True):
+        given = ase.io.read(tmp_path / "in" / name)
+        given.calc = FAENetCalculator(checkpoint)
+        assert atoms.info["sid"] == name
+        assert atoms.get_potential_energy() == pytest.approx(given.get_potential_energy(), abs=1e-5)
+        np.testing.assert_allclose(atoms.get_forces(), given.get_forces(), rtol=0, atol=1e-5)
+    with pytest.raises(SystemExit, match=r"error: structure 2: .*atoms 3 and 5 on one point"):
+        script.main([*arguments, "--output", str(tmp_path / "strict"), "--strict"])
+    with pytest.raises(SystemExit, match="error: device: 'cuda:99' cannot be used here"):
+        script.main([*arguments, "--output", str(tmp_path / "device"), "--device", "cuda:99"])

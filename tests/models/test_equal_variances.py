@@ -89,14 +89,6 @@ def test_energies_of_symmetric_structures_do_not_depend_on_their_direction(name:
     assert np.ptp(_energies(predictor, turned)) < 1e-9
 
 
-def test_ordinary_systems_have_one_pass() -> None:
-    predictor, calls = _predictor(), []
-    predictor.model.backbone.register_forward_pre_hook(lambda _, inputs: calls.append(len(inputs[0].natoms)))
-    predictor([_slab(fcc111, (0.4, 0.3))] * 3)
-    predictor([_slab(fcc111, (0.4, 0.3)), _slab(adsorbate=(0, 0))])
-    assert calls == [3, 1 + 12]
-
-
 def test_the_training_gradient_of_symmetric_structures_is_finite() -> None:
     """Frames are constants there; the loss on -dE/dX is differentiated by the weights."""
     predictor = _predictor()

@@ -1,9 +1,8 @@
 """Equal outputs from equal weights: the authors' package `faenet` 0.1.3 against ours.
 
-The package does not run as it is. It takes `scatter` from torch_scatter, which has to be compiled,
-reads from mendeleev what mendeleev 1.x no longer offers, and one of its message passing types fails
-with today's torch_geometric. The fixture `reference` puts that right, with the element values of
-our table.
+The package does not run as it is. It takes `scatter` from torch_scatter, which has to be compiled, reads from mendeleev
+what mendeleev 1.x no longer offers, and one of its message passing types fails with today's torch_geometric. The
+fixture `reference` puts that right, with the element values of our table.
 """
 
 import itertools
@@ -14,6 +13,7 @@ import types
 
 import pytest
 import torch
+from torch.nn import functional
 from torch_geometric.data import Data
 from torch_geometric.nn import TransformerConv
 from torch_geometric.utils import scatter
@@ -22,6 +22,7 @@ from faenet_ocp.common.elements import NUM_GROUPS, PROPERTIES, element_table
 from faenet_ocp.models.base import check_elements
 from faenet_ocp.models.faenet import FAENet
 from faenet_ocp.models.heads import EnergyHead, ForceHead
+from faenet_ocp.models.options import ENERGY_HEADS, FORCE_DECODERS, FORCE_NORMS, SKIP_CONNECTIONS
 from faenet_ocp.models.reference_weights import load_reference_state_dict
 from network_inputs import make_inputs, slabs
 
@@ -43,9 +44,20 @@ MP_TYPES = {  # name in the package -> here
     "updownscale_base": "updownscale_base",
     "updown_local_env": "updown_local_env",
 }
-ENERGY_HEADS = (None, "weighted-av-initial-embeds", "weighted-av-final-embeds")
-DECODERS = ("simple", "mlp", "res", "res_updown")
+OPTIONS = [
+    *({"skip_co": skip_co, "energy_head": head} for skip_co, head in itertools.product(SKIP_CONNECTIONS, ENERGY_HEADS)),
+    *({"decoder": decoder, "norm": norm} for decoder, norm in itertools.product(FORCE_DECODERS, FORCE_NORMS)),
+    {"complex_mp": True},
+    {"second_layer_MLP": True},
+    {"complex_mp": True, "second_layer_MLP": True},
+    {"graph_norm": False},
+    {"phys_hidden_channels": 7},
+    {"phys_embeds": False},
+    {"tag_hidden_channels": 0, "pg_hidden_channels": 0},
+    {"act": "relu"},
+]
 FORCE_SIZE = 20
+pytestmark = pytest.mark.filterwarnings("ignore:graph_norm 'batch':UserWarning")
 
 
 @pytest.fixture(scope="module")
@@ -78,10 +90,9 @@ def batch():
     return make_inputs(slabs(4))
 
 
-def package_data(batch):
-    """The batch as the package's `pbc_preprocess` takes it."""
-    edges = torch.bincount(batch.batch[batch.edge_index[1]], minlength=len(batch.atoms))
-    return Data(
+def run_theirs(model, batch):
+    """What the package predicts for a batch, in the form that its `pbc_preprocess` takes."""
+    data = Data(
         pos=torch.cat([torch.from_numpy(atoms.positions) for atoms in batch.atoms]).float(),
         atomic_numbers=batch.atomic_numbers,
         tags=batch.tags,
@@ -89,8 +100,15 @@ def package_data(batch):
         edge_index=batch.edge_index,
         cell=torch.stack([torch.from_numpy(atoms.cell.array) for atoms in batch.atoms]).float(),
         cell_offsets=batch.offsets,
-        neighbors=edges,
+        neighbors=torch.bincount(batch.batch[batch.edge_index[1]], minlength=len(batch.atoms)),
     )
+    return model(data, mode="inference")
+
+
+def run_ours(parts, batch):
+    """Energies and node embeddings."""
+    output = parts[0](**batch.arguments)
+    return parts[1](output, batch.batch, len(batch.atoms)), output.node_embedding
 
 
 def assert_equal_outputs(got, expected):
@@ -99,20 +117,19 @@ def assert_equal_outputs(got, expected):
     assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-def build_ours(mp_type="base", energy_head=None, skip_co="concat", decoder=None, norm="batch1d", **options):
+def build_ours(mp_type="base", energy_head="sum", skip_co="concat", decoder=None, norm="batch1d", **options):
     """Ours with the package's options."""
     torch.manual_seed(11)  # not the seed of theirs
-    sizes = SIZES | options
-    sizes["graph_norm"] = "batch" if sizes.get("graph_norm", True) else "none"
+    sizes = SIZES | {"graph_norm": True} | options
+    if sizes["graph_norm"] is True:
+        sizes["graph_norm"] = "batch"
     if mp_type == "simple":
         sizes["num_filters"] = sizes["hidden_channels"]
     common = {name: sizes[name] for name in ("hidden_channels", "act") if name in sizes}
     net = FAENet(mp_type=MP_TYPES[mp_type], skip_co=skip_co, **sizes)
     energy = EnergyHead(energy_head=energy_head, skip_co=skip_co, num_interactions=3, **common)
-    force = decoder and ForceHead(
-        force_decoder_type=decoder, force_norm=norm, force_hidden_channels=FORCE_SIZE, **common
-    )
-    return net, energy, force
+    force = {"force_decoder_type": decoder, "force_norm": norm, "force_hidden_channels": FORCE_SIZE}
+    return net, energy, ForceHead(**force, **common) if decoder else None
 
 
 def propagate(self, edge_index, x, W, local_env=None):
@@ -122,16 +139,16 @@ def propagate(self, edge_index, x, W, local_env=None):
 
 
 def build_theirs(
-    reference, mp_type="base", energy_head=None, skip_co="concat", decoder=None, norm="batch1d", **options
+    reference, mp_type="base", energy_head="sum", skip_co="concat", decoder=None, norm="batch1d", **options
 ):
     torch.manual_seed(0)
     model = reference(
         mp_type=mp_type,
-        energy_head=energy_head,
+        energy_head=None if energy_head == "sum" else energy_head,
         skip_co=False if skip_co == "none" else skip_co,
         regress_forces="direct" if decoder else None,
         force_decoder_type=decoder,
-        force_decoder_model_config={decoder: {"hidden_channels": FORCE_SIZE, "norm": norm}},
+        force_decoder_model_config={decoder: {"hidden_channels": FORCE_SIZE, "norm": None if norm == "none" else norm}},
         **(SIZES | options),
     )
     if mp_type == "updown_local_env":  # PyG's own `propagate` refuses or forgets the optional argument
@@ -142,197 +159,126 @@ def build_theirs(
     return model
 
 
-@pytest.mark.filterwarnings("ignore:graph_norm 'batch':UserWarning")
-class TestPackage:
-    """Everything that the package offers."""
+def load(weights, parts):
+    names = ("model", "energy_head", "force_head")
+    load_reference_state_dict(weights, **dict(zip(names, parts, strict=True)))
 
-    def compare(self, reference, batch, **options):
-        theirs = build_theirs(reference, **options)
-        net, energy_head, force_head = build_ours(**options)
-        load_reference_state_dict(theirs.state_dict(), model=net, energy_head=energy_head, force_head=force_head)
 
-        for mode in (True, False):  # BatchNorm of the force decoder; its statistics move first
-            theirs.train(mode)
-            for part in (net, energy_head, force_head or net):
-                part.train(mode)
-            expected = theirs(package_data(batch), mode="inference")
-            output = net(**batch.arguments)
-            energy = energy_head(output, batch.batch, len(batch.atoms))
-            assert energy.std() > 0
-            assert_equal_outputs(energy, expected["energy"][:, 0])
-            assert_equal_outputs(output.node_embedding, expected["hidden_state"])
-            if force_head is not None:
-                forces = force_head(output.node_embedding)
-                assert_equal_outputs(forces, expected["forces"])
+def compare(reference, batch, **options):
+    theirs, parts = build_theirs(reference, **options), build_ours(**options)
+    load(theirs.state_dict(), parts)
+    for mode in (True, False):  # BatchNorm of the force decoder; its statistics move first
+        theirs.train(mode)
+        for part in filter(None, parts):
+            part.train(mode)
+        expected, (energy, embedding) = run_theirs(theirs, batch), run_ours(parts, batch)
+        assert energy.std() > 0
+        assert_equal_outputs(energy, expected["energy"][:, 0])
+        assert_equal_outputs(embedding, expected["hidden_state"])
+        if parts[2] is not None:
+            assert_equal_outputs(parts[2](embedding), expected["forces"])
 
-    @pytest.mark.parametrize("mp_type, skip_co, energy_head", itertools.product(
-        MP_TYPES, ["concat", "add", "concat_atom", "none"], ENERGY_HEADS))  # fmt: skip
-    def test_message_passing_skip_connections_and_energy_heads(self, reference, batch, mp_type, skip_co, energy_head):
-        self.compare(reference, batch, mp_type=mp_type, skip_co=skip_co, energy_head=energy_head)
 
-    @pytest.mark.parametrize("norm", ["batch1d", "layer", None])
-    @pytest.mark.parametrize("decoder", DECODERS)
-    @pytest.mark.parametrize("mp_type", MP_TYPES)
-    def test_force_decoders(self, reference, batch, mp_type, decoder, norm):
-        self.compare(reference, batch, mp_type=mp_type, decoder=decoder, norm=norm)
+@pytest.mark.parametrize("mp_type", MP_TYPES)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_everything_that_the_package_offers(reference, batch, mp_type, options):
+    compare(reference, batch, mp_type=mp_type, **options)
 
-    @pytest.mark.parametrize("mp_type", MP_TYPES)
-    @pytest.mark.parametrize(
-        "options",
-        [
-            {"complex_mp": True},
-            {"second_layer_MLP": True},
-            {"complex_mp": True, "second_layer_MLP": True},
-            {"graph_norm": False},
-            {"phys_hidden_channels": 7},
-            {"phys_embeds": False},
-            {"tag_hidden_channels": 0, "pg_hidden_channels": 0},
-            {"act": "relu"},
-        ],
-    )
-    def test_other_options(self, reference, batch, mp_type, options):
-        self.compare(reference, batch, mp_type=mp_type, **options)
 
-    def test_settings_of_the_paper_for_is2re(self, reference, batch):
-        self.compare(
-            reference,
-            batch,
-            energy_head="weighted-av-final-embeds",
-            complex_mp=True,
-            hidden_channels=384,
-            num_filters=480,
-            num_gaussians=104,
-            cutoff=6.0,
-            tag_hidden_channels=64,
-            pg_hidden_channels=64,
-        )
+def test_settings_of_the_paper_for_is2re(reference, batch):
+    sizes = {"hidden_channels": 384, "num_filters": 480, "num_gaussians": 104, "cutoff": 6.0}
+    sizes |= {"tag_hidden_channels": 64, "pg_hidden_channels": 64, "complex_mp": True}
+    compare(reference, batch, energy_head="weighted-av-final-embeds", **sizes)
 
-    def test_a_changed_weight_is_seen(self, reference, batch):
-        """Negative control."""
-        theirs = build_theirs(reference)
-        net, energy_head, _ = build_ours()
-        load_reference_state_dict(theirs.state_dict(), model=net, energy_head=energy_head)
-        with torch.no_grad():
-            net.blocks[2].filter.lin.weight[0, -1] += 0.5
-        energy = energy_head(net(**batch.arguments), batch.batch, len(batch.atoms))
-        expected = theirs(package_data(batch), mode="inference")["energy"][:, 0]
 
-        assert not torch.allclose(energy, expected, rtol=1e-5, atol=1e-5)
+def test_a_changed_weight_is_seen_and_names_of_wrappers_are_not(reference, batch):
+    """Negative control."""
+    theirs, parts = build_theirs(reference), build_ours()
+    load({f"module.module.{name}": tensor for name, tensor in theirs.state_dict().items()}, parts)
+    expected = run_theirs(theirs, batch)["energy"][:, 0]
+    assert_equal_outputs(run_ours(parts, batch)[0], expected)
+    parts[0].blocks[2].filter.lin.weight.data[0, -1] += 0.5
+    assert not torch.allclose(run_ours(parts, batch)[0], expected, rtol=1e-5, atol=1e-5)
 
-    def test_our_element_table_standardised_is_theirs(self, reference):
-        theirs = build_theirs(reference).embed_block.phys_emb
-        net = build_ours()[0].atom_embedding
 
-        torch.manual_seed(0)
-        clean = reference(**SIZES).embed_block.phys_emb.properties
-        torch.testing.assert_close(net.properties[: len(clean)], clean)
-        assert torch.equal(net.group[1 : len(theirs.group)], theirs.group[1:])
-        assert torch.equal(net.period[1 : len(theirs.period)], theirs.period[1:])
+def test_our_element_table_standardised_is_theirs(reference):
+    theirs, net = reference(**SIZES).embed_block.phys_emb, build_ours()[0].atom_embedding
+    torch.testing.assert_close(net.properties[: len(theirs.properties)], theirs.properties)
+    assert torch.equal(net.group[1 : len(theirs.group)], theirs.group[1:])
+    assert torch.equal(net.period[1 : len(theirs.period)], theirs.period[1:])
 
-    def test_statistics_over_each_system_are_others(self, reference, batch):
-        theirs = build_theirs(reference)
-        net = FAENet(**SIZES, mp_type="base")
-        energy_head = build_ours()[1]
-        with pytest.warns(UserWarning, match="trained with graph_norm 'batch'"):
-            load_reference_state_dict(theirs.state_dict(), model=net, energy_head=energy_head)
-        alone = make_inputs(batch.atoms[:1])
-        energy = energy_head(net(**alone.arguments), alone.batch, 1)
 
-        expected = theirs(package_data(alone), mode="inference")["energy"][:, 0]
-        assert_equal_outputs(energy, expected)  # one system: the same
-        together = energy_head(net(**batch.arguments), batch.batch, len(batch.atoms))
-        assert_equal_outputs(together[:1], energy)
-        theirs_together = theirs(package_data(batch), mode="inference")["energy"][:, 0]
-        assert (theirs_together[0] - expected[0]).abs() > 1e-3
+def test_statistics_over_each_system_are_others(reference, batch):
+    theirs, parts = build_theirs(reference), (FAENet(**SIZES, mp_type="base"), *build_ours()[1:])
+    with pytest.warns(UserWarning, match="trained with graph_norm 'batch'"):
+        load(theirs.state_dict(), parts)
+    alone = make_inputs(batch.atoms[:1])
+    energy, expected = run_ours(parts, alone)[0], run_theirs(theirs, alone)["energy"][:, 0]
+    assert_equal_outputs(energy, expected)  # one system: the same
+    assert_equal_outputs(run_ours(parts, batch)[0][:1], energy)
+    assert (run_theirs(theirs, batch)["energy"][0, 0] - expected[0]).abs() > 1e-3
 
-    def test_elements_without_weights_are_refused(self, reference):
-        net, _, _ = build_ours()
-        load_reference_state_dict(build_theirs(reference).state_dict(), model=net)
-        known = net.atom_embedding.known_elements
-        check_elements(torch.tensor([1, 29, 57, 72, 84]), known)
-        with pytest.raises(ValueError, match=r"element 58 \(Ce\), element 85 \(At\), element 118 \(Og\)$"):
-            check_elements(torch.tensor([118, 85, 78, 58]), known)
-        again = build_ours()[0]
-        again.load_state_dict(net.state_dict())
-        with pytest.raises(ValueError, match=r"element 85 \(At\)"):
-            check_elements(torch.tensor([85]), again.atom_embedding.known_elements)
 
-    def test_names_of_wrappers_are_ignored(self, reference, batch):
-        theirs = build_theirs(reference)
-        weights = {f"module.module.{name}": tensor for name, tensor in theirs.state_dict().items()}
-        net, energy_head, _ = build_ours()
-        load_reference_state_dict(weights, model=net, energy_head=energy_head)
+def test_elements_without_weights_are_refused(reference):
+    net = build_ours()[0]
+    load_reference_state_dict(build_theirs(reference).state_dict(), model=net)
+    known = net.atom_embedding.known_elements
+    check_elements(torch.tensor([1, 29, 57, 72, 84]), known)
+    with pytest.raises(ValueError, match=r"element 58 \(Ce\), element 85 \(At\), element 118 \(Og\)$"):
+        check_elements(torch.tensor([118, 85, 78, 58]), known)
 
-        energy = energy_head(net(**batch.arguments), batch.batch, len(batch.atoms))
-        expected = theirs(package_data(batch), mode="inference")["energy"][:, 0]
-        assert_equal_outputs(energy, expected)
 
-    @pytest.mark.parametrize(
-        "options, message",
-        [
-            ({"mp_type": "simple"}, r"lin_geom\.weight is left over"),
-            ({"complex_mp": True}, r"other_mlp\.weight \(here blocks\.0\.lin_complex\.weight\) is missing"),
-            ({"hidden_channels": 50}, r"lin_h\.weight .* has shape \(48, 48\), here \(50, 50\)"),
-            ({"num_gaussians": 12}, r"distance_expansion\.offset .* has shape \(10,\), here \(12,\)"),
-            ({"cutoff": 5.0}, "cutoff: 5, but the weights were trained with 4"),
-            ({"skip_co": "none"}, r"mlp_skip_co\.weight is left over"),
-            ({"energy_head": "weighted-av-final-embeds"}, r"output_block\.w_lin\.weight .*missing"),
-            ({"pg_hidden_channels": 0}, r"phys_emb\.group is left over"),
-        ],
-    )
-    def test_weights_that_do_not_fit(self, reference, options, message):
-        weights = build_theirs(reference).state_dict()
-        net, energy_head, _ = build_ours(**options)
-        before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"mp_type": "simple"}, r"lin_geom\.weight is left over"),
+        ({"complex_mp": True}, r"other_mlp\.weight \(here blocks\.0\.lin_complex\.weight\) is missing"),
+        ({"hidden_channels": 50}, r"lin_h\.weight .* has shape \(48, 48\), here \(50, 50\)"),
+        ({"num_gaussians": 12}, r"distance_expansion\.offset .* has shape \(10,\), here \(12,\)"),
+        ({"cutoff": 5.0}, "cutoff: 5, but the weights were trained with 4"),
+        ({"skip_co": "none"}, r"mlp_skip_co\.weight is left over"),
+        ({"energy_head": "weighted-av-final-embeds"}, r"output_block\.w_lin\.weight .*missing"),
+        ({"pg_hidden_channels": 0}, r"phys_emb\.group is left over"),
+        ({"decoder": "res"}, "force decoder of 3 layers, the force head has 7"),
+    ],
+)
+def test_weights_that_do_not_fit(reference, options, message):
+    parts = build_ours(**options)
+    before = {name: tensor.clone() for name, tensor in parts[0].state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        load(build_theirs(reference, decoder="mlp" if "decoder" in options else None).state_dict(), parts)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in parts[0].state_dict().items())
 
-        with pytest.raises(ValueError, match=message):
-            load_reference_state_dict(weights, model=net, energy_head=energy_head)
-        assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
 
-    def test_weights_of_a_head_that_is_not_given_are_left_aside(self, reference, caplog):
-        weights = build_theirs(reference, decoder="mlp").state_dict()
-        net, energy_head, _ = build_ours()
-
-        with caplog.at_level(logging.WARNING):
-            load_reference_state_dict(weights, model=net, energy_head=energy_head)
-        assert re.search(r"left aside: \['decoder\.model\.0\.weight'", caplog.text)
-
-    def test_another_force_decoder(self, reference):
-        weights = build_theirs(reference, decoder="mlp").state_dict()
-        net, energy_head, force_head = build_ours(decoder="res")
-
-        with pytest.raises(ValueError, match="force decoder of 3 layers, the force head has 7"):
-            load_reference_state_dict(weights, model=net, energy_head=energy_head, force_head=force_head)
+def test_weights_of_a_head_that_is_not_given_are_left_aside(reference, caplog):
+    caplog.set_level(logging.WARNING)
+    load(build_theirs(reference, decoder="mlp").state_dict(), build_ours())
+    assert re.search(r"left aside: \['decoder\.model\.0\.weight'", caplog.text)
 
 
 # --- The authors' fork of OCP has more options; weights are made up here under its names ---
 
 C, F, G = 12, 10, 6
+SMALL = {"hidden_channels": C, "num_filters": F, "num_gaussians": G, "num_interactions": 1, "cutoff": 4.0}
+BARE = {"tag_hidden_channels": 0, "pg_hidden_channels": 0, "phys_embeds": False}
+PLAIN = {"complex_mp": False, "graph_norm": False, "skip_co": False}
 
 
-def fork_weights():
-    """Weights of the fork's model with one block, no tags, properties, periods and groups, no norm."""
+def fork_weights(**modules):
+    """Weights of the fork's model with one block, and those of modules under their names."""
     torch.manual_seed(4)
-    layers = {
-        "embed_block.lin": (C, C),
-        "embed_block.lin_e1": (F // 2, 3),
-        "embed_block.lin_e12": (F - F // 2, G),
-        "interaction_blocks.0.lin_h": (C, C),
-        "output_block.lin1": (C // 2, C),
-        "output_block.lin2": (1, C // 2),
+    modules |= {
+        "embed_block.lin": torch.nn.Linear(C, C),
+        "embed_block.lin_e1": torch.nn.Linear(3, F // 2),
+        "embed_block.lin_e12": torch.nn.Linear(G, F - F // 2),
+        "interaction_blocks.0.lin_h": torch.nn.Linear(C, C),
+        "output_block.lin1": torch.nn.Linear(C, C // 2),
+        "output_block.lin2": torch.nn.Linear(C // 2, 1),
     }
     weights = {"distance_expansion.offset": torch.linspace(0, 4, G), "embed_block.emb.weight": torch.randn(85, C)}
-    for name, shape in layers.items():
-        weights |= {f"{name}.weight": torch.randn(shape), f"{name}.bias": torch.randn(shape[0])}
+    for place, module in modules.items():
+        weights |= {f"{place}.{name}": tensor for name, tensor in module.state_dict().items()}
     return weights
-
-
-def build_for_fork(**options):
-    sizes = {"hidden_channels": C, "num_filters": F, "num_gaussians": G, "num_interactions": 1, "cutoff": 4.0}
-    bare = {"tag_hidden_channels": 0, "pg_hidden_channels": 0, "phys_embeds": False}
-    switches = {"complex_mp": False, "graph_norm": False, "skip_co": False}
-    heads = EnergyHead(hidden_channels=C, num_interactions=1, energy_head=False, skip_co=False)
-    return FAENet(**(sizes | bare | switches | options)), heads
 
 
 class MultiplyingConv(TransformerConv):
@@ -346,40 +292,28 @@ class MultiplyingConv(TransformerConv):
 
 
 @pytest.mark.parametrize("kind, conv_class", [("att", TransformerConv), ("base_with_att", MultiplyingConv)])
-@pytest.mark.parametrize("heads", [1, 3])
-def test_attention_of_the_fork(kind, conv_class, heads, batch):
+def test_attention_of_the_fork(kind, conv_class, batch):
     torch.manual_seed(0)
-    conv = conv_class(C, C, heads=heads, concat=False, root_weight=False, edge_dim=F)
+    conv = conv_class(C, C, heads=3, concat=False, root_weight=False, edge_dim=F)
     for parameter in conv.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    weights = fork_weights()
-    weights |= {f"interaction_blocks.0.lin_geom.{name}": tensor for name, tensor in conv.state_dict().items()}
+    weights = fork_weights(**{"interaction_blocks.0.lin_geom": conv})
     assert "interaction_blocks.0.lin_geom.lin_key.bias" in weights
-    net, energy_head = build_for_fork(mp_type=kind, att_heads=heads)
-    load_reference_state_dict(weights, model=net, energy_head=energy_head)
-
+    net = FAENet(mp_type=kind, att_heads=3, **SMALL, **BARE, **PLAIN)
+    load_reference_state_dict(weights, model=net)
     h = net.atom_embedding(batch.atomic_numbers, None)
-    e = net.edge_embedding(batch.edge_vec)
-    lin_h = torch.nn.functional.linear(
-        conv(h, batch.edge_index, e),
-        weights["interaction_blocks.0.lin_h.weight"],
-        weights["interaction_blocks.0.lin_h.bias"],
-    )
-    expected = h + torch.nn.functional.silu(lin_h)
+    update = [weights[f"interaction_blocks.0.lin_h.{name}"] for name in ("weight", "bias")]
+    messages = conv(h, batch.edge_index, net.edge_embedding(batch.edge_vec))
+    expected = h + functional.silu(functional.linear(messages, *update))
     assert_equal_outputs(net(**batch.arguments).node_embedding, expected)
 
 
 def test_force_decoder_of_the_fork_has_dropout_between():
-    torch.manual_seed(0)
-    theirs = torch.nn.Sequential(
-        torch.nn.Linear(C, 7), torch.nn.BatchNorm1d(7), torch.nn.SiLU(), torch.nn.Dropout(0.1), torch.nn.Linear(7, 3)
-    ).eval()
-    geom = {"weight": torch.randn(C, F + 2 * C), "bias": torch.randn(C)}
-    weights = fork_weights() | {f"interaction_blocks.0.lin_geom.{name}": tensor for name, tensor in geom.items()}
-    weights |= {f"decoder.model.{name}": tensor for name, tensor in theirs.state_dict().items()}
-    net, energy_head = build_for_fork()
+    layers = [torch.nn.Linear(C, 7), torch.nn.BatchNorm1d(7), torch.nn.SiLU(), torch.nn.Dropout(0.1)]
+    theirs = torch.nn.Sequential(*layers, torch.nn.Linear(7, 3)).eval()
+    geom = torch.nn.Linear(F + 2 * C, C)
+    weights = fork_weights(**{"interaction_blocks.0.lin_geom": geom, "decoder.model": theirs})
     force_head = ForceHead(hidden_channels=C, force_decoder_type="mlp", force_hidden_channels=7).eval()
-    load_reference_state_dict(weights, model=net, energy_head=energy_head, force_head=force_head)
-
+    load_reference_state_dict(weights, model=FAENet(**SMALL, **BARE, **PLAIN), force_head=force_head)
     h = torch.randn(5, C)
     torch.testing.assert_close(force_head(h), theirs(h))

@@ -159,7 +159,7 @@ def test_wrong_outputs_are_refused(sections: dict, message: str) -> None:
 
 def test_equal_labels_cannot_be_scaled(batch: AtomicData) -> None:
     fits = fit_labels([(batch.composition, {"energy": torch.ones(12)})], ["energy"])
-    with pytest.raises(ValueError, match="normalizer: fit: all training labels are equal"):
+    with pytest.raises(ValueError, match="normalizer: fit: all 12 training labels are equal"):
         _tasks(fits, outputs={"energy": {"normalizer": "fit"}})
 
 

@@ -6,8 +6,8 @@ from ase.build import add_adsorbate, fcc100, fcc111, fcc211, molecule
 
 from faenet_ocp.frames import compute_frames, flatten_frames, frame_report
 
-DIM_GROUP = [(3, "E"), (3, "SE"), (2, "E"), (2, "SE")]
-TIGHT, LOOSE = (torch.float64, 1e-9), (torch.float32, 2e-3)
+NUM_FRAMES = {(3, "E"): 8, (3, "SE"): 4, (2, "E"): 4, (2, "SE"): 2}
+DIM_GROUP = list(NUM_FRAMES)
 
 
 def pack(systems):
@@ -27,11 +27,10 @@ def make_clouds():
         turn = np.linalg.qr(rng.normal(size=(3, 3)))[0]
         pos = rng.normal(size=(n, 3)) * [3.0, 2.0, 1.2] @ turn + rng.normal(size=3) * 4
         systems.append((pos, rng.integers(1, 80, size=n)))
-    batch = pack(systems)
-    assert not frame_report(
-        batch[0], batch[1], 24, dim=3, group="E", atomic_numbers=batch[2], tolerance=1e-2
-    ).degenerate.any()
-    return batch
+    pos, batch, numbers = pack(systems)
+    report = frame_report(pos, batch, 24, dim=3, group="E", atomic_numbers=numbers, tolerance=1e-2)
+    assert not report.degenerate.any()
+    return pos, batch, numbers
 
 
 def rotation(dim, seed=1, reflect=False):
@@ -45,6 +44,11 @@ def rotation(dim, seed=1, reflect=False):
     return torch.tensor(full)
 
 
+def motions(dim, group, count=4):
+    """Rotations, in E every second one with a reflection."""
+    return [rotation(dim, seed, reflect=group == "E" and seed % 2 == 1) for seed in range(count)]
+
+
 def shift(dim):
     return torch.tensor([3.0, -7.0, 5.0 if dim == 3 else 0.0], dtype=torch.float64)
 
@@ -54,13 +58,6 @@ def frames_of(system, **options):
     return compute_frames(pos, batch, int(batch.max()) + 1, atomic_numbers=numbers, **options)
 
 
-def project(pos, members, rot, dim):
-    """(X - t) @ U for one system and all of its frames, written out: (K, n, 3)."""
-    x = pos[members].clone()
-    x[:, :dim] -= x[:, :dim].mean(dim=0)
-    return torch.stack([x @ u for u in rot])
-
-
 def same_set(a, b, tolerance):
     """Whether two lists of arrays agree one to one in some order."""
     distance = (a.flatten(1)[:, None] - b.flatten(1)[None]).abs().amax(dim=2)
@@ -68,15 +65,13 @@ def same_set(a, b, tolerance):
     return a.shape == b.shape and bool((close.sum(0) == 1).all() and (close.sum(1) == 1).all())
 
 
-def model(system, result):
+def averaged(system, frames):
     """An energy and forces with no symmetry at all, averaged over frames, eq. (1)."""
     pos, batch, numbers = system
     weights = torch.linspace(-1.0, 1.3, 18, dtype=torch.float64).reshape(3, 6).sin().to(pos)
     head = torch.linspace(0.3, 2.1, 18, dtype=torch.float64).reshape(6, 3).cos().to(pos)
-    energy = pos.new_zeros(len(result.rot))
-    forces = torch.zeros_like(pos)
-    views = flatten_frames(result)
-    for rot, weight, system_id in zip(*views, strict=True):
+    energy, forces = pos.new_zeros(len(frames.rot)), torch.zeros_like(pos)
+    for rot, weight, system_id in zip(*flatten_frames(frames), strict=True):
         own = batch == system_id
         x = pos[own] - pos[own].mean(dim=0)
         hidden = torch.tanh(0.5 * x @ rot @ weights + 0.02 * numbers[own, None] + 0.1)
@@ -85,20 +80,17 @@ def model(system, result):
     return energy, forces
 
 
-def symmetry_error(system, move, dim, model_frames):
-    """Largest change of energy and of forces (moved back) when the system is moved."""
+def symmetry_error(system, move, **options):
+    """Largest change of averaged energies and forces (moved back) when the system is moved."""
     pos, batch, numbers = system
-    moved = (pos @ move.to(pos) + shift(dim).to(pos), batch, numbers)
-    energy, forces = model(system, model_frames(system))
-    energy_moved, forces_moved = model(moved, model_frames(moved))
-    return max(
-        (energy - energy_moved).abs().max().item(),
-        (forces - forces_moved @ move.to(pos).T).abs().max().item(),
-    )
+    moved = (pos @ move + shift(options["dim"]), batch, numbers)
+    energy, forces = averaged(system, frames_of(system, **options))
+    energy_moved, forces_moved = averaged(moved, frames_of(moved, **options))
+    return max(float((energy - energy_moved).abs().max()), float((forces - forces_moved @ move.T).abs().max()))
 
 
 def symmetric_systems():
-    """Positions, numbers, undecided axes (3D) and canonical frames for E(3) and SE(3)."""
+    """Positions, numbers, undecided axes (3D), and numbers of canonical frames for E(3) and SE(3)."""
     rng = np.random.default_rng(5)
     half = rng.normal(size=(5, 3)) * [3.0, 2.0, 1.0]
     species = rng.integers(1, 50, size=5)
@@ -115,14 +107,14 @@ def symmetric_systems():
         "two-fold axis": (two_fold, doubled, [1, 1, 0], 4, 2),
         "mirror": (mirror, doubled, None, 2, 1),
         "linear": (chain, np.array([6, 8, 1]), [0, 1, 1], 48, 24),
-        "centred linear": (chain * [0, 0, 0] + [[0, 0, -1.2], [0, 0, 0], [0, 0, 1.2]],
-                           np.array([8, 6, 8]), [1, 1, 1], 48, 24),
+        "centred linear": (np.outer([-1.2, 0, 1.2], [0, 0, 1]), np.array([8, 6, 8]), [1, 1, 1], 48, 24),
         "one atom": (np.array([[1.0, 2.0, 3.0]]), np.array([29]), [1, 1, 1], 120, 60),
         "one point": (np.full((11, 3), 0.1), np.arange(1, 12), [1, 1, 1], 120, 60),
-    }  # fmt: skip
+    }
 
 
 def degenerate_systems():
+    """With equal variances of two axes along which they extend."""
     corners = np.array([[i, j, k] for i in (-1.0, 1) for j in (-1.0, 1) for k in (-1.0, 1)])
     square = np.array([[1.0, 1, 0], [1, -1, 0], [-1, -1, 0], [-1, 1, 0]])
     return {
@@ -132,6 +124,10 @@ def degenerate_systems():
         "tetrahedron": (molecule("CH4").positions, molecule("CH4").numbers),
         "square": (square, np.full(4, 6)),
     }
+
+
+def special_systems():
+    return {**{name: system[:2] for name, system in symmetric_systems().items()}, **degenerate_systems()}
 
 
 def random_slabs(count):

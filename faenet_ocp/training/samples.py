@@ -1,0 +1,66 @@
+"""A look at some records of each split before a run begins: fixed atoms and tags that cannot be meant."""
+
+import logging
+from collections.abc import Mapping
+
+from fairchem.core.datasets.atomic_data import AtomicData
+
+from faenet_ocp import build
+from faenet_ocp.config.schema import Config, SourceConfig
+from faenet_ocp.data.check import sample_of, suspicious_tags
+
+_SYSTEMS = 64
+
+
+def check_samples(config: Config, sources: Mapping[str, SourceConfig], *, mode: str) -> None:
+    """Warns of tags that nearly all systems have and that cannot be meant, and of splits without a force to count.
+
+    Args:
+        config: of the run.
+        sources: by split.
+        mode: of the command line.
+
+    Raises:
+        ValueError: no force of a whole split counts, so that a run of this mode could only end in an error.
+    """
+    for split, source in sources.items():
+        dataset = build.make_label_dataset(config, source, labelled=False)
+        try:
+            batch = sample_of(dataset, _SYSTEMS)
+        except ValueError:
+            if mode == "check":
+                continue  # it will be in the list
+            raise
+        if config.model.get("tag_hidden_channels") != 0 or _removes_subsurface(config):
+            for reason in suspicious_tags(batch):
+                logging.warning(
+                    "dataset, split %s: %s. Tags are 0 below the surface, 1 surface, 2 adsorbate: are these others? "
+                    "(%d systems looked at)",
+                    *(split, reason, len(batch.natoms)),
+                )
+        reason = _no_forces(config, batch, training=source is config.dataset.train)
+        if reason is None or mode == "predict":
+            continue
+        message = f"dataset, split {split}: no atom of {len(batch.natoms)} systems looked at {reason}"
+        if mode == "check" or len(batch.natoms) < len(dataset):  # type: ignore[arg-type]
+            logging.warning(message)
+        else:
+            raise ValueError(message)
+
+
+def _no_forces(config: Config, batch: AtomicData, *, training: bool) -> str | None:
+    """Why no force of a batch counts in training or evaluation; None if some do."""
+    forces = config.output("forces")
+    key = "train_on_free_atoms" if training else "eval_on_free_atoms"
+    if "forces" not in config.properties or not getattr(forces, key):
+        return None
+    free = batch.fixed == 0
+    if not bool(free.any()):
+        return f"is free (`fixed` is 1 for all): no forces to count; outputs.forces.{key}: false counts all atoms"
+    if _removes_subsurface(config) and not bool((free & (batch.tags != 0)).any()):
+        return "is free and left by remove_subsurface: all free atoms have tag 0, so no forces to count"
+    return None
+
+
+def _removes_subsurface(config: Config) -> bool:
+    return config.dataset.transforms.get("remove_subsurface", False) is not False
