@@ -16,6 +16,7 @@ from faenet_ocp.data.edges import Systems, check_distances, make_edges
 from faenet_ocp.data.fields import (
     FIELDS,
     NUM_ELEMENTS,
+    REMAINDER,
     Fields,
     Reading,
     array_of,
@@ -68,7 +69,12 @@ def make_batch(records: Sequence[Fields], sids: list[str], reading: Reading, *, 
     )
     for label, names in reading.labels.items():
         found = [_label_name(fields, label, names) for fields in records]
-        setattr(data, label, read_field(field_of(label), records, counts, reading.dtype, found))
+        field = field_of(label)
+        value = read_field(field, records, counts, reading.dtype, found)
+        setattr(data, label, value)
+        if field.level == "system" and reading.dtype is torch.float32:
+            exact = read_field(field, records, counts, torch.float64, found)
+            setattr(data, label + REMAINDER, (exact - value).float())
     data.fid = read("fid")
     elements = torch.bincount(batch * NUM_ELEMENTS + numbers, minlength=size * NUM_ELEMENTS)
     data.composition = elements.view(size, NUM_ELEMENTS).float()

@@ -51,9 +51,14 @@ class Field:
     allowed: range | None = None
 
 
-def _label(name: str, level: Literal["atom", "system"] = "system", rank: int = 0) -> Field:
-    """Labels of systems are float64 whatever the precision: total energies are large, and what is learned is not."""
-    return Field(name, level, torch.float64 if level == "system" else None, (3,) if rank else ())
+REMAINDER = "_remainder"
+"""Ends the name of what float32 leaves of a label of systems: `exact_label`."""
+
+
+def _labels(name: str, level: Literal["atom", "system"] = "system", rank: int = 0) -> list[Field]:
+    """A label, and the field of its remainder if it has one."""
+    label = Field(name, level, shape=(3,) if rank else ())
+    return [label, Field(name + REMAINDER, level)] if level == "system" else [label]
 
 
 FIELDS: dict[str, Field] = {
@@ -80,7 +85,7 @@ FIELDS: dict[str, Field] = {
         Field("removed_free", "system", torch.long),
         Field("frame_rot", "system", shape=None),
         Field("frame_weight", "system", shape=None),
-        *(_label(target.name, target.level, target.rank) for target in TARGETS.values()),
+        *(field for target in TARGETS.values() for field in _labels(target.name, target.level, target.rank)),
     )
 }
 """By name. A record without `pbc` is periodic if it has a cell, and a molecule if it has none or one of zeros."""
@@ -109,7 +114,8 @@ def declare_labels(names: Iterable[str]) -> None:
     for name in names:
         if name in _NO_LABELS:
             raise ValueError(f"labels: {name!r} is a field of every sample and no label")
-        FIELDS.setdefault(name, _label(name))
+        for field in _labels(name):
+            FIELDS.setdefault(field.name, field)
 
 
 def field_of(name: str) -> Field:
@@ -134,6 +140,15 @@ def level_of(name: str) -> str:
         ValueError: the field is not known.
     """
     return field_of(name).level
+
+
+def exact_label(batch: Any, name: str) -> Tensor:
+    """A label of systems in float64, (B,), as exact as the record has it; one of atoms as it is.
+
+    Total energies are large, and what is learned of them is not; fairchem wants them in the positions' precision.
+    """
+    label = batch[name]
+    return label.double() + batch[name + REMAINDER] if name + REMAINDER in batch else label
 
 
 # Reading a field of records

@@ -70,7 +70,7 @@ def _load(path: Path, task: str) -> dict[str, np.ndarray]:
         raise ValueError(f"{path}: {len(ids)} ids, but {len(part['energy'])} energies or chunks for another number")
     if task == "s2ef":
         largest = float(np.abs(part["forces"]).max(initial=0.0))
-        if not largest < np.finfo(np.float16).max:
+        if not largest < float(np.finfo(np.float16).max):
             raise ValueError(
                 f"{path}: a force component of {largest:.4g} eV/A; the leaderboard's float16 has none such"
             )

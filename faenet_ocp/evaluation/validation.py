@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from faenet_ocp.data.fields import exact_label
 from faenet_ocp.evaluation.metrics import (
     BaselineMetrics,
     JointThreshold,
@@ -150,17 +151,17 @@ class _Collector:
         self.num_frames += int((batch.frame_weight > 0).sum()) if "frame_weight" in batch else size
         self.unseen.update(batch)
         for name, scalar in self.scalars.items():
-            pair = predictions[name].double().cpu(), batch[name].double().cpu()
+            pair = predictions[name].double().cpu(), exact_label(batch, name).double().cpu()
             scalar.update(*pair)
             self.pairs[name].append(pair)
         for baseline in self.baselines:
-            baseline.update(batch.composition, batch[baseline.target.name])
+            baseline.update(batch.composition, exact_label(batch, baseline.target.name))
         if self.vectors:
             self._add_vectors(batch, predictions)
 
     def _add_vectors(self, batch: AtomicData, predictions: Mapping[str, Tensor]) -> None:
         counted = batch.fixed == 0 if self.eval_free else torch.ones_like(batch.fixed, dtype=torch.bool)
-        pairs = {name: (predictions[name], batch[name]) for name in self.pairs}
+        pairs = {name: (predictions[name], exact_label(batch, name)) for name in self.pairs}
         for name, vector in self.vectors.items():
             vector.update(*pairs[name], counted)
         for joint in self.joint:

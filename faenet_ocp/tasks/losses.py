@@ -10,6 +10,7 @@ from fairchem.core.units.mlip_unit.mlip_unit import Task
 from torch import Tensor, nn
 
 from faenet_ocp.config.schema import LossConfig
+from faenet_ocp.data.fields import exact_label
 
 _LOSSES = {"mae": MAELoss, "mse": MSELoss, "l2mae": L2NormLoss}
 
@@ -46,8 +47,8 @@ def loss_mask(task: Task, batch: AtomicData) -> Tensor:
 
 def task_loss(task: Task, outputs: Mapping[str, Any], batch: AtomicData) -> Tensor:
     """A task's loss in normalised units, summed over this batch."""
-    target = batch[task.name]
+    target = exact_label(batch, task.name)
     if task.element_references is not None:
         target = task.element_references.apply_refs(batch, target)
-    target = task.normalizer.norm(target).to(batch.pos.dtype)  # not before: see `data.fields`
+    target = task.normalizer.norm(target).to(batch.pos.dtype)
     return task.loss_fn(outputs[task.name][task.property], target, loss_mask(task, batch), batch.natoms)

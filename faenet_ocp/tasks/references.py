@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from faenet_ocp.data.fields import NUM_ELEMENTS
+from faenet_ocp.data.fields import NUM_ELEMENTS, exact_label
 
 Labels = tuple[Tensor, dict[str, Tensor]]
 """Composition (B, 119) and labels (B,) by target of some systems."""
@@ -222,7 +222,7 @@ def statistics_sample(total: int) -> NDArray[np.int64]:
 def labels_of(batches: Sequence[AtomicData], *, names: Sequence[str]) -> Labels:
     """What `fit_labels` takes of each batch; made where it is loaded."""
     (batch,) = batches
-    return batch.composition, {name: batch[name] for name in names}
+    return batch.composition, {name: exact_label(batch, name) for name in names}
 
 
 def fit_labels(parts: Iterable[Labels], names: Sequence[str]) -> dict[str, CompositionFit]:
