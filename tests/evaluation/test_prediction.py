@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from faenet_ocp.evaluation.submission import make_submission
 from faenet_ocp.launch.cli import main
 from faenet_ocp.prepare.s2ef import Options, prepare
 from s2ef_raw import write_raw
+from small_data import dump_record, make_fields, write_lmdb
 
 SPLITS = ("val_id", "val_ood_ads", "val_ood_cat", "val_ood_both")
 
@@ -122,6 +124,29 @@ def test_an_interrupted_split_goes_on_and_is_never_partial(
     assert main(_arguments(checkpoint, tmp_path)) == 0
     _assert_same_predictions(predictions, _folder(tmp_path))
     assert not list(_folder(tmp_path).glob("*.parts"))
+
+
+def test_parts_of_other_data_are_not_taken_over_and_ids_that_are_the_same_are_told(
+    checkpoint: Path,
+    predictions: Path,
+    tmp_path: Path,
+    small_s2ef: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Interrupted, and the file replaced under its name."""
+    data = shutil.copyfile(small_s2ef / "s2ef/all/val_id/data.0000.lmdb", tmp_path / "data.lmdb")
+    arguments = _arguments(checkpoint, tmp_path, f"--dataset.test={{t: {{src: {data}}}}}")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(prediction, "_join", Mock(side_effect=KeyboardInterrupt))
+        main(arguments)
+    data.unlink()
+    records = [make_fields(index, task="s2ef", edges=False, seed=2) | {"sid": 5, "fid": 0} for index in range(4)]
+    write_lmdb(data, [dump_record(fields) for fields in records])
+    assert main(arguments) == 0
+    found, expected = _arrays(_folder(tmp_path) / "t.npz"), _arrays(predictions / "val_ood_ads.npz")
+    np.testing.assert_allclose(found["energy"], expected["energy"], rtol=2e-3, atol=1e-4)
+    assert "t.npz: 1 of 1 ids belong to several systems, 5_0 to 4" in caplog.text
 
 
 def test_predictions_that_are_not_finite_are_no_file(checkpoint: Path, tmp_path: Path) -> None:
