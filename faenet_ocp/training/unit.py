@@ -208,7 +208,8 @@ class OCPTrainUnit(MLIPTrainEvalUnit):
         message = f"the gradient of step {step} is not finite (losses {evidence['losses']}); batch and weights: {path}"
         if self.num_skipped > self.max_skipped:
             raise FloatingPointError(
-                f"{message}. Lower optim.lr_initial, set optim.clip_grad_norm, or allow optim.skip_nonfinite steps"
+                f"{message}. Lower optim.lr_initial, set optim.clip_grad_norm, or allow optim.skip_nonfinite steps;"
+                " the same command then goes on from the newest checkpoint"
             )
         logging.warning("%s. Step left out (%d of %d allowed)", message, self.num_skipped, self.max_skipped)
 
