@@ -157,10 +157,15 @@ def test_wrong_outputs_are_refused(sections: dict, message: str) -> None:
         _tasks(**sections)
 
 
-def test_equal_labels_cannot_be_scaled(batch: AtomicData) -> None:
-    fits = fit_labels([(batch.composition, {"energy": torch.ones(12)})], ["energy"])
-    with pytest.raises(ValueError, match="normalizer: fit: all 12 training labels are equal"):
-        _tasks(fits, outputs={"energy": {"normalizer": "fit"}})
+@pytest.mark.parametrize("size", [1.0, -1e6])
+def test_nothing_is_scaled_by_rounding_errors(batch: AtomicData, size: float) -> None:
+    """Equal labels, or references that leave nothing over: few systems, or labels that are linear in composition."""
+    for count, labels in (12, torch.ones(12)), (3, torch.tensor([1.0, 0.3, 0.7])), (12, batch.composition.sum(dim=1)):
+        fits = fit_labels([(batch.composition[:count], {"energy": size * labels.double()})], ["energy"])
+        output = {"normalizer": "fit"} if labels.std() == 0 else {"normalizer": "fit", "element_references": "fit"}
+        message = f"all {count} training labels are equal" if labels.std() == 0 else "references reproduce all"
+        with pytest.raises(ValueError, match=f"outputs.energy.normalizer: fit: .*{message}"):
+            _tasks(fits, outputs={"energy": output})
 
 
 # ------------------------------------------------------------------------------- energy conservation

@@ -77,8 +77,9 @@ def _only_subsurface_free(record: dict[str, Any]) -> dict[str, Any]:
     return record | {"fixed": 1.0 - record["fixed"]}
 
 
-def _arguments(root: Path, **sections: dict[str, Any]) -> list[str]:
-    config = processes.write_config(root / "c.yml", root, optim={"max_epochs": 1}, **sections)
+def _arguments(root: Path) -> list[str]:
+    settings = {"optim": {"max_epochs": 1, "warmup_steps": 0}, "outputs": {"energy": {}}}
+    config = processes.write_config(root / "c.yml", root, **settings)
     return ["--config", str(config), "--identifier", "r"]
 
 
