@@ -146,6 +146,15 @@ def expand_path(path: str | Path) -> str:
     return os.path.expandvars(os.path.expanduser(path))
 
 
+def file_state(path: str | Path) -> list[int]:
+    """Size, inode and times of a file: another once it was written, also with the old time of writing put back.
+
+    The time that sees through that (ctime) cannot be set. A copy has another state, too: compare its content.
+    """
+    status = os.stat(path)
+    return [status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns]
+
+
 def software_versions() -> dict[str, str | None]:
     """Python and the packages whose change could change a result; None for one that is only on the path."""
     found: dict[str, str | None] = {"python": platform.python_version()}

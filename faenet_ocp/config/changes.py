@@ -37,7 +37,7 @@ OTHERWISE = "start another --identifier, with --checkpoint to begin from this on
 def allowed(key: str, table: Mapping[str, str] = MAY_CHANGE) -> bool:
     """Whether a dotted key is in the table."""
     patterns = [f"{section}.{name}".lstrip(".") for section, names in table.items() for name in names.split()]
-    return any(fnmatchcase(key, pattern) for pattern in patterns)
+    return any(fnmatchcase(name, pattern) for pattern in patterns for name in (key, f"{key}."))  # an empty mapping
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -68,5 +68,5 @@ def flat(content: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     found = []
     for name, value in content.items():
         key = f"{prefix}{name}"
-        found += flat(value, f"{key}.") if isinstance(value, Mapping) else [(key, value)]
+        found += flat(value, f"{key}.") if isinstance(value, Mapping) and value else [(key, value)]
     return found

@@ -1,16 +1,21 @@
-"""Reads every record of data sets and lists what cannot be used (`--mode check`); tags that cannot be meant."""
+"""Reads every record of data sets and lists what cannot be used (`--mode check`); edges and tags that cannot be meant."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from fairchem.core.datasets.atomic_data import AtomicData
+from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from faenet_ocp.common.pool import ordered_map
 from faenet_ocp.data.loader import load_batch
+from faenet_ocp.data.oc20 import OC20LmdbDataset
+from faenet_ocp.graph.lists import ROUNDING
+from faenet_ocp.graph.vectors import edge_lengths
 
 _AT_ONCE = 256
 """Systems of one task: what a process holds in memory, however large the data sets are."""
@@ -89,13 +94,57 @@ def _failure(function: Callable[..., Any], *arguments: Any) -> str | None:
 
 def sample_of(dataset: Dataset, size: int) -> AtomicData:
     """A batch of so many samples, spread evenly, or of all where there are fewer."""
-    total = len(dataset)  # type: ignore[arg-type]
+    return load_batch(dataset, [(0, index) for index in _spread(len(dataset), size)])  # type: ignore[arg-type]
+
+
+def _spread(total: int, size: int) -> list[int]:
     used = min(total, size)
-    return load_batch(dataset, [(0, number * total // used) for number in range(used)])
+    return [number * total // used for number in range(used)]
+
+
+def compare_edges(dataset: OC20LmdbDataset, size: int) -> list[str]:
+    """Looks for stored edges that are not those which `edges: recompute` gives, cut to the same limits.
+
+    They may end too early, be those of another geometry, or have another direction or sign. An edge as long as the
+    cutoff may be there or not, whatever its last digits are.
+
+    Args:
+        dataset: its transforms do not matter.
+        size: records to look at, spread evenly.
+
+    Returns:
+        for each record that differs which it is and how.
+    """
+    stored, built = dataset.plain("stored"), dataset.plain("recompute")
+    cutoff, found = dataset.config["cutoff"], []
+    for index in _spread(len(dataset), size):
+        given, expected = stored[index], built[index]
+        if torch.equal(given.edge_index, expected.edge_index) and torch.equal(
+            given.cell_offsets, expected.cell_offsets
+        ):
+            continue
+        (ours, sure_ours), (whole, sure_whole) = _edge_sets(given, cutoff), _edge_sets(expected, cutoff)
+        missing, others, doubled = len(sure_whole - ours), len(sure_ours - whole), int(given.nedges) - len(ours)
+        if missing or others or doubled:
+            file, position = dataset.locate(index)
+            lengths = edge_lengths(given.pos, given.cell, given.edge_index, given.cell_offsets)
+            found.append(
+                f"{file.path}: record {file.numbers[position]} lacks {missing} of {len(whole)} edges and has {others} "
+                f"others and {doubled} twice; its longest is {max(lengths, default=0):.2f} A, and an atom has at most "
+                f"{max(given.edge_index[1].bincount(), default=0)}"
+            )
+    return found
+
+
+def _edge_sets(data: AtomicData, cutoff: float) -> tuple[set[tuple[int, ...]], set[tuple[int, ...]]]:
+    """All edges, and those that are shorter than the cutoff by more than rounding."""
+    edges = torch.cat([data.edge_index.T, data.cell_offsets.long()], 1)
+    is_sure = edge_lengths(data.pos, data.cell, data.edge_index, data.cell_offsets) < cutoff - 2 * ROUNDING
+    return set(map(tuple, edges.tolist())), set(map(tuple, edges[is_sure].tolist()))
 
 
 def suspicious_tags(batch: AtomicData) -> Iterator[str]:
-    """What nearly all systems with an adsorbate have, and cannot be meant, in words; height is z.
+    """What nearly all systems with an adsorbate have, and cannot be meant, in words.
 
     Args:
         batch: with sub-surface atoms; tags are OC20's: 0 below the surface, 1 surface, 2 adsorbate.
@@ -103,9 +152,8 @@ def suspicious_tags(batch: AtomicData) -> Iterator[str]:
     if not bool(batch.tags.any()):
         yield "all atoms have tag 0, or none: to the model, all are below the surface"
     looked_at, found = 0, {"low": 0, "held": 0, "upside down": 0}
-    for tags, fixed, z in zip(
-        *(part.split(batch.natoms.tolist()) for part in (batch.tags, batch.fixed, batch.pos[:, 2])), strict=True
-    ):
+    atoms = (batch.tags, batch.fixed, (batch.pos * _up(batch.cell)[batch.batch]).sum(dim=1))
+    for tags, fixed, z in zip(*(values.split(batch.natoms.tolist()) for values in atoms), strict=True):
         adsorbate, buried = tags == 2, tags == 0
         surface = tags == 1 if (tags == 1).any() else buried
         if adsorbate.any() and surface.any():
@@ -121,3 +169,10 @@ def suspicious_tags(batch: AtomicData) -> Iterator[str]:
     for name, count in found.items():
         if looked_at and count >= _NEARLY_ALL * looked_at:
             yield f"in {count} of {looked_at} systems {words[name]}"
+
+
+def _up(cell: Tensor) -> Tensor:
+    """The direction out of the surface, (B, 3): normal to the first two lattice vectors, towards the third, or z."""
+    normal = torch.linalg.cross(cell[:, 0], cell[:, 1])
+    normal = torch.where((normal * cell[:, 2]).sum(dim=1, keepdim=True) < 0, -normal, normal)
+    return torch.where((normal == 0).all(dim=1, keepdim=True), normal.new_tensor([0.0, 0.0, 1.0]), normal)

@@ -253,6 +253,6 @@ def number_of(fields: Fields, name: str, *, default: int) -> int:
     if type(value) is int:
         return value
     value = np.asarray(value)
-    if value.size != 1 or value.dtype.kind not in "iuf" or value.item() != int(value.item()):
+    if value.size != 1 or value.dtype.kind not in "iuf" or not float(value.item()).is_integer():
         raise RecordError(f"has a {name} that is no whole number")
     return int(value.item())

@@ -14,7 +14,7 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -58,7 +58,7 @@ class OC20LmdbDataset(BaseDataset[AtomicData]):
     stores the 50 nearest neighbours within 6 A, cut strictly. Where the stored list of an atom ends inside the shell of
     its last neighbour, that list is built anew, so that the graph is always the one that `recompute` gives. That holds
     as long as `cutoff` is at most that of the file and the file has more neighbours than asked for, where there are
-    more; use `recompute` for larger limits.
+    more; use `recompute` for larger limits. (A run looks at some records of each split: ``check.compare_edges``.)
 
     Labels: `key_mapping` ({record's name: label}) says where a label is. Several names may map to one label if each
     record has one of them; the label's own name serves where a record has none of these. A label without mapping is
@@ -168,6 +168,12 @@ class OC20LmdbDataset(BaseDataset[AtomicData]):
         (seed,) = np.random.SeedSequence([self.seed, epoch, index]).generate_state(1, np.uint64)
         return torch.Generator().manual_seed(int(seed))
 
+    def plain(self, edges: str) -> Self:
+        """The same samples without transforms, with edges as the key `edges` says."""
+        other = copy.copy(self)
+        other._reading, other.transforms = self._reading._replace(edges=edges), Compose({})
+        return other
+
     def fingerprint(self) -> dict[str, Any]:
         """What tells these data from others, in a second for any number of systems; transforms and edges do not matter.
 
@@ -180,8 +186,7 @@ class OC20LmdbDataset(BaseDataset[AtomicData]):
         Raises:
             RecordError: one of the samples cannot be used; names file, record and reason.
         """
-        plain = copy.copy(self)
-        plain._reading, plain.transforms = self._reading._replace(edges="none"), Compose({})
+        plain = self.plain("none")
         files = [str(sorted(self._reading.labels.items())), *(file.state() for file in self.files)]
         content = hashlib.sha256()
         used = min(self.num_samples, _LOOKED_AT)
@@ -240,11 +245,8 @@ class OC20LmdbDataset(BaseDataset[AtomicData]):
         folder = self.config.get("cache_dir")
         if folder is None:
             return None
-        digest = hashlib.sha256()
-        for path in self.paths:
-            status = path.stat()
-            digest.update(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}\n".encode())
-        return Path(folder) / f"natoms-{digest.hexdigest()[:16]}.npy"
+        states = "\n".join(file.state() for file in self.files)
+        return Path(folder) / f"natoms-{hashlib.sha256(states.encode()).hexdigest()[:16]}.npy"
 
 
 def _check_config(config: Mapping[str, Any]) -> None:

@@ -90,12 +90,14 @@ def decode_record(value: bytes) -> dict[str, Any]:
 
 
 def decode_count(value: bytes) -> int:
-    """Return the number stored under the key ``length``.
+    """Return the number stored under the key ``length``, pickled or as text.
 
     Raises:
         RecordError: it is no whole number, at least 0.
     """
-    count = load(value, _find)
+    count = value.strip() if value.strip().isdigit() else load(value, _find)
+    if isinstance(count, str | bytes) and count.isdigit():
+        count = int(count)
     if isinstance(count, np.ndarray) and count.size == 1:
         count = count.item()
     if type(count) is not int or count < 0:

@@ -108,7 +108,7 @@ class Evaluator:
 
         Args:
             state: content of a checkpoint.
-            checkpoint: its file; parts of a prediction with other weights are not taken over.
+            checkpoint: its file; parts of a prediction with other weights or of other data are not taken over.
 
         Raises:
             ValueError: the file of a split is there already.
@@ -121,13 +121,16 @@ class Evaluator:
         digest = hashlib.sha256(Path(checkpoint).read_bytes() + settings.encode()).hexdigest()
         for split, source in (self.config.dataset.test or self.config.dataset.val).items():
             dataset = self._dataset(split, source, labelled=False)
+            data = [dataset.fingerprint() if hasattr(dataset, "fingerprint") else len(dataset)]  # type: ignore[arg-type]
+            distutils.broadcast_object_list(data, src=0)  # a node's own copy of the files has another state
+            key = hashlib.sha256(f"{digest} {data}".encode()).hexdigest()[:12]
             path = self.folder / "results" / "predictions" / f"{split}.npz"
             count = predict_split(
                 model,
                 tasks,
                 dataset,
                 path,
-                key=digest[:12],
+                key=key,
                 unseen=UnseenElements(unseen),
                 make_loader=partial(self._loader, dataset),
                 batch_size=max(1, self.batch_size // distutils.get_world_size()),

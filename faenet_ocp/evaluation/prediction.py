@@ -61,7 +61,7 @@ def predict_split(
         model, tasks, amp, conservative: as in `validation.predict`.
         dataset: the split; labels are not looked at.
         path: `<split>.npz`.
-        key: stands for weights and settings: parts of another key are not taken over.
+        key: stands for weights, settings and data: parts of another key are not taken over.
         make_loader: a loader for batches of the data set.
         batch_size: systems in a batch on this rank.
         unseen: counts elements that the training set lacks, for a warning; None: nothing is known of it.
@@ -167,6 +167,13 @@ def _join(parts: Sequence[Path], path: Path) -> None:
         with np.load(part) as content:
             loaded.append({name: content[name] for name in content.files})
     arrays = _concatenated(loaded)
+    ids, counts = np.unique(arrays["ids"], return_counts=True)
+    if counts.max() > 1:
+        logging.warning(
+            "%s: %d of %d ids belong to several systems, %s to %d: sid (and fid) of the records do not tell them apart; "
+            "the order is that of the data set",
+            *(path.name, (counts > 1).sum(), len(ids), ids[counts.argmax()], counts.max()),
+        )
     if "free" in arrays:
         arrays["chunk_idx"] = np.cumsum(arrays.pop("free"))[:-1]
     _write(path, arrays, compress=True)

@@ -21,6 +21,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from faenet_ocp.common.files import expand_path
+
 logger = logging.getLogger(__name__)
 
 HOME = "https://dl.fbaipublicfiles.com/opencatalystproject/data/"
@@ -104,7 +106,7 @@ def download(archive: Archive, root: str | Path, *, keep: bool = False) -> list[
         ConnectionError: the server refuses, or stays away for minutes.
         OSError: writing fails.
     """
-    root = Path(root)
+    root = Path(expand_path(root))
     folders = [root / place for place in archive.places.values()]
     if all(folder.exists() for folder in folders):
         logger.info("nothing to download: %s exists", ", ".join(map(str, folders)))

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from faenet_ocp.common.checks import RecordError
-from faenet_ocp.common.files import exclusive, publish
+from faenet_ocp.common.files import exclusive, expand_path, file_state, publish
 from faenet_ocp.common.pool import ordered_map
 from faenet_ocp.data.fields import Fields
 from faenet_ocp.data.lmdb_files import PACKED_KEY, LmdbFile, resolve_files
@@ -48,19 +48,20 @@ def pack(data_path: str | Path, out_path: str | Path, *, num_workers: int = 1) -
         RuntimeError: what was written does not agree with the source, or a process died.
         OSError: reading or writing fails.
     """
-    data_path, out_path = Path(data_path), Path(out_path)
+    data_path, out_path = (Path(expand_path(path)) for path in (data_path, out_path))
     if num_workers < 1:
         raise ValueError(f"num_workers: {num_workers} is not at least 1")
     if data_path.resolve() == out_path.resolve():
         raise ValueError(f"{out_path}: is the folder of the data; choose another one")
-    folders = sorted({path.parent for path in data_path.rglob("*.lmdb")}) if data_path.is_dir() else [data_path]
+    files = [path for kind in ("*.lmdb", "data.mdb") for path in data_path.rglob(kind) if path.is_file()]
+    folders = sorted({path.parent for path in files}) if data_path.is_dir() else [data_path]
     if not folders:
         raise ValueError(f"{data_path}: no *.lmdb file is there or below")
     total = 0
     out_path.mkdir(parents=True, exist_ok=True)
     with exclusive(out_path / LOCK_NAME, out_path):
         for folder in folders:
-            sources = [LmdbFile(path) for path in resolve_files(folder)]
+            sources = [LmdbFile(path) for path in resolve_files(folder) if path == folder or path.parent == folder]
             target = out_path / folder.relative_to(data_path) if data_path.is_dir() else out_path
             target.mkdir(parents=True, exist_ok=True)
             sizes = [_pack_file(source, target / source.path.name, num_workers) for source in sources]
@@ -76,13 +77,7 @@ def pack(data_path: str | Path, out_path: str | Path, *, num_workers: int = 1) -
 
 def _pack_file(source: LmdbFile, target: Path, num_workers: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Pack one file; natoms and neighbors of its records."""
-    state = source.path.stat()
-    made_from = {
-        "name": source.path.name,
-        "bytes": state.st_size,
-        "records": len(source),
-        "mtime_ns": state.st_mtime_ns,
-    }
+    made_from = {"name": source.path.name, "records": len(source), "state": file_state(source.path)}
     if not target.exists():
         _write(source, target, made_from, num_workers)
     else:

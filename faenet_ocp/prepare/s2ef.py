@@ -12,6 +12,7 @@ distances (E,) of the 50 nearest neighbours of each atom within 6 A; where OCP t
 all are kept.
 """
 
+import hashlib
 import json
 import logging
 import os
@@ -19,7 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from itertools import zip_longest
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ from torch import Tensor
 from torch_geometric.data import Data
 from tqdm import tqdm
 
-from faenet_ocp.common.files import exclusive, remove_leftovers, write_bytes
+from faenet_ocp.common.files import exclusive, expand_path, file_state, remove_leftovers, write_bytes
 from faenet_ocp.common.pool import ordered_map
 from faenet_ocp.data.lmdb_files import LmdbFile, natural_order
 from faenet_ocp.graph.neighbors import build_graph
@@ -102,7 +103,7 @@ def prepare(
         ValueError: wrong arguments, no or incomplete pairs of input files, or an output folder with something else.
         OSError: reading or writing fails.
     """
-    data_path, out_path = Path(data_path), Path(out_path)
+    data_path, out_path = (Path(expand_path(path)) for path in (data_path, out_path))
     if num_workers < 1 or (chunk is not None and chunk < 1):
         raise ValueError(f"num_workers {num_workers} and chunk {chunk} must be at least 1")
     pairs = _find_pairs(data_path)
@@ -194,19 +195,36 @@ def _is_finished(shard: _Shard) -> bool:
     # The sizes are written before the shard gets its name. A power failure may still leave either of them damaged.
     with suppress(OSError, ValueError):
         sizes = _read_sizes(shard.sizes)
-        if len(LmdbFile(shard.path)) == len(sizes["natoms"]) and np.array_equal(sizes["inputs"], _input_state(shard)):
+        if len(LmdbFile(shard.path)) == len(sizes["natoms"]) and _is_from(sizes, shard):
             return True
     logger.warning("%s: is damaged, or its input files have changed since; it is written again", shard.path)
     return False
 
 
-def _input_state(shard: _Shard) -> NDArray[np.int64]:
-    """Size and time of the last change of each input file."""
-    states = [path.stat() for pair in shard.pairs for path in pair]
-    return np.array([(state.st_size, state.st_mtime_ns) for state in states])
+def _is_from(sizes: dict[str, NDArray[Any]], shard: _Shard) -> bool:
+    """Whether a shard was made from these input files, or from others of the same content."""
+    if not {"inputs", "digests"} <= sizes.keys():  # written by an earlier version
+        return False
+    if np.array_equal(sizes["inputs"], _input_states(shard)):
+        return True
+    return np.array_equal(sizes["digests"], _input_digests(shard))
 
 
-def _read_sizes(file: Path) -> dict[str, NDArray[np.int64]]:
+def _input_states(shard: _Shard) -> NDArray[np.int64]:
+    return np.array([file_state(path) for pair in shard.pairs for path in pair])
+
+
+def _input_digests(shard: _Shard) -> NDArray[np.str_]:
+    """Of the content of each input file; to read one is little beside parsing it."""
+    digests = []
+    for pair in shard.pairs:
+        for path in pair:
+            with path.open("rb") as file:
+                digests.append(hashlib.file_digest(file, "blake2b").hexdigest())
+    return np.array(digests)
+
+
+def _read_sizes(file: Path) -> dict[str, NDArray[Any]]:
     try:
         with np.load(file, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
@@ -292,10 +310,10 @@ def _write_all(shards: list[_Shard], num_workers: int) -> None:
 
 def _write_shard(shard: _Shard) -> int | FormatError:
     """Write one shard: the number of its frames, or what is wrong with an input file."""
-    inputs = _input_state(shard)
     natoms, neighbors = [], []
     try:
         with LmdbShardWriter(shard.path, overwrite=True) as writer:
+            inputs = {"inputs": _input_states(shard), "digests": _input_digests(shard)}
             for pair in shard.pairs:
                 for frame, log in _read_pair(pair, shard.options):
                     try:
@@ -307,7 +325,7 @@ def _write_shard(shard: _Shard) -> int | FormatError:
                     if shard.options.get_edges:
                         neighbors.append(record.edge_index.shape[1])
             sizes = {"natoms": np.array(natoms, np.int64), "neighbors": np.array(neighbors, np.int64)}
-            write_arrays(shard.sizes, {"inputs": inputs, **sizes})
+            write_arrays(shard.sizes, inputs | sizes)
     except FormatError as error:
         return error
     return len(natoms)

@@ -1,19 +1,22 @@
-"""A look at some records of each split before a run begins: fixed atoms and tags that cannot be meant."""
+"""A look at some records of each split before a run begins: fixed atoms, tags and edges that cannot be meant."""
 
 import logging
 from collections.abc import Mapping
 
 from fairchem.core.datasets.atomic_data import AtomicData
+from torch.utils.data import Dataset
 
 from faenet_ocp import build
 from faenet_ocp.config.schema import Config, SourceConfig
-from faenet_ocp.data.check import sample_of, suspicious_tags
+from faenet_ocp.data.check import compare_edges, sample_of, suspicious_tags
+from faenet_ocp.data.oc20 import OC20LmdbDataset
 
-_SYSTEMS = 64
+_SYSTEMS, _GRAPHS = 64, 32
+_MANY = 0.1
 
 
 def check_samples(config: Config, sources: Mapping[str, SourceConfig], *, mode: str) -> None:
-    """Warns of tags that nearly all systems have and that cannot be meant, and of splits without a force to count.
+    """Warns of tags and edges that cannot be meant, and of splits without a force to count.
 
     Args:
         config: of the run.
@@ -21,7 +24,8 @@ def check_samples(config: Config, sources: Mapping[str, SourceConfig], *, mode: 
         mode: of the command line.
 
     Raises:
-        ValueError: no force of a whole split counts, so that a run of this mode could only end in an error.
+        ValueError: no force of a whole split counts, so that a run of this mode could only end in an error; or the
+            stored edges of a split are not those that the configuration asks for.
     """
     for split, source in sources.items():
         dataset = build.make_label_dataset(config, source, labelled=False)
@@ -38,6 +42,7 @@ def check_samples(config: Config, sources: Mapping[str, SourceConfig], *, mode: 
                     "(%d systems looked at)",
                     *(split, reason, len(batch.natoms)),
                 )
+        _check_edges(config, split, dataset, mode)
         missing = _no_forces(config, batch, training=source is config.dataset.train)
         if missing is None or mode == "predict":
             continue
@@ -46,6 +51,28 @@ def check_samples(config: Config, sources: Mapping[str, SourceConfig], *, mode: 
             logging.warning(message)
         else:
             raise ValueError(message)
+
+
+def _check_edges(config: Config, split: str, dataset: Dataset, mode: str) -> None:
+    """Models see the graph of their limits everywhere; what is stored may end before them.
+
+    Raises:
+        ValueError: many systems have other stored edges; for a few there is a warning.
+    """
+    if config.dataset.edges != "stored" or not isinstance(dataset, OC20LmdbDataset):
+        return
+    looked_at = min(len(dataset), _GRAPHS)
+    if found := compare_edges(dataset, looked_at):
+        limits = (
+            f"model.cutoff ({dataset.config['cutoff']}) and model.max_neighbors ({dataset.config['max_neighbors']})"
+        )
+        message = (
+            f"dataset, split {split}: stored edges are not those within {limits} in {len(found)} of {looked_at} systems "
+            f"looked at ({found[0]}); dataset.edges: recompute builds them anew"
+        )
+        if len(found) >= _MANY * looked_at and mode != "check":
+            raise ValueError(message)
+        logging.warning(message)
 
 
 def _no_forces(config: Config, batch: AtomicData, *, training: bool) -> str | None:

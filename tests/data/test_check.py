@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from data_sets import open_dataset
+from data_sets import dataset_of, open_dataset
 from faenet_ocp.data import check as check_module
-from faenet_ocp.data.check import Problem, check
+from faenet_ocp.data.check import Problem, check, compare_edges
+from faenet_ocp.data.oc20 import OC20LmdbDataset
 from faenet_ocp.data.packed import OC20PackedDataset
 from faenet_ocp.prepare.pack import pack
 from small_data import dump_record, make_fields, write_items
@@ -82,6 +83,59 @@ def test_packed_records(small_is2re: Path, tmp_path: Path) -> None:
     assert (
         problem.index == 2 and "record 2 is damaged: its checksum is wrong (it calls itself sid 1002)" in problem.reason
     )
+
+
+@pytest.mark.parametrize("cls", [OC20LmdbDataset, OC20PackedDataset])
+def test_stored_edges_that_end_before_the_limits(small_is2re: Path, tmp_path: Path, cls: type[OC20LmdbDataset]) -> None:
+    """The file has the 50 nearest neighbours within 6 A, cut strictly."""
+    src = small_is2re / "is2re/all/train"
+    if cls is OC20PackedDataset:
+        pack(src, tmp_path)
+        src = tmp_path
+    options: dict[str, Any] = {"transforms": {"remove_subsurface": {}}, "labels": []}
+    for cutoff, max_neighbors in ((6.0, 40), (6.0, 50), (4.5, 7)):
+        assert compare_edges(open_dataset(src, cls, cutoff=cutoff, max_neighbors=max_neighbors, **options), 12) == []
+    found = compare_edges(open_dataset(src, cls, cutoff=8.0, **options), 12)
+    assert len(found) == 12 and len(compare_edges(open_dataset(src, cls, cutoff=8.0, **options), 5)) == 5
+    assert re.search(r"record 0 lacks [1-9]\d* of \d+ edges and has 0 others and 0 twice; its longest is 5.9", found[0])
+    assert len(compare_edges(open_dataset(src, cls, max_neighbors=60, **options), 12)) > 0
+
+
+def _swapped(fields: dict[str, Any]) -> dict[str, Any]:
+    return {"edge_index": fields["edge_index"].flip(0)}
+
+
+def _other_sign(fields: dict[str, Any]) -> dict[str, Any]:
+    return {"cell_offsets": -fields["cell_offsets"]}
+
+
+def _moved(fields: dict[str, Any]) -> dict[str, Any]:
+    return {"pos": fields["pos"] + torch.linspace(0, 1, 13)[:, None]}
+
+
+def _thinned(fields: dict[str, Any]) -> dict[str, Any]:
+    return {"edge_index": fields["edge_index"][:, ::2], "cell_offsets": fields["cell_offsets"][::2]}
+
+
+def _doubled(fields: dict[str, Any]) -> dict[str, Any]:
+    return {"edge_index": fields["edge_index"].tile(1, 2), "cell_offsets": fields["cell_offsets"].tile(2, 1)}
+
+
+@pytest.mark.parametrize(
+    ("change", "max_neighbors", "expected"),
+    [(_swapped, 1000, [1, 0, 0]), (_other_sign, 1000, [1, 0, 0]), (_moved, 1000, [1, 0, 0]), (_thinned, 5, [1, 1, 0])]
+    + [(_doubled, 1000, [0, 0, 1]), (dict, 1000, [0, 0, 0])],
+)
+def test_stored_edges_of_another_convention_or_geometry(
+    tmp_path: Path, change: Any, max_neighbors: int, expected: list[bool]
+) -> None:
+    """Lacking, others, twice; edges longer than the cutoff are cut before."""
+    fields = make_fields(0)
+    dataset = dataset_of(tmp_path, fields | change(fields), max_neighbors=max_neighbors)
+    found = "".join(compare_edges(dataset, 32))
+    numbers = re.search(r"lacks (\d+) of .* has (\d+) others and (\d+) twice", found)
+    counts = [int(number) > 0 for number in numbers.groups()] if numbers else [False] * 3
+    assert counts == expected, found
 
 
 class Own(Dataset):

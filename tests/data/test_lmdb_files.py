@@ -44,6 +44,22 @@ def test_files_folders_globs_and_lists(tmp_path: Path) -> None:
     assert resolve_files(str(odd.parent)) == [odd]
 
 
+def test_folders_that_lmdb_makes_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`lmdb.open(name)` makes a folder with data.mdb and lock.mdb."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("WHERE", str(tmp_path / "shards"))
+    for number in (10, 2):
+        labelled(tmp_path / f"shards/data.{number}.lmdb/data.mdb", [number])
+    labelled(tmp_path / "shards/data.1.lmdb", [1])
+    (tmp_path / "shards/data.2.lmdb/lock.mdb").touch()
+    for src in (tmp_path / "shards", "~/shards", "$WHERE", "${WHERE}/data.*.lmdb"):
+        assert energies_of(src) == [1, 2, 10]
+    assert energies_of("~/shards/data.2.lmdb") == energies_of("~/shards/data.2.lmdb/data.mdb") == [2]
+    labelled(tmp_path / "shards/data.2.lmdb/other.lmdb", [3])
+    with pytest.raises(ValueError, match=r"has data.mdb and other.lmdb; name one of them in src"):
+        resolve_files("$WHERE")
+
+
 @pytest.mark.parametrize(
     ("src", "error", "message"),
     [
@@ -52,7 +68,7 @@ def test_files_folders_globs_and_lists(tmp_path: Path) -> None:
         ("none*.lmdb", FileNotFoundError, "no file matches .*none"),
         ([], ValueError, "src must be a path or a list of paths"),
         (5, ValueError, "src must be a path"),
-        ([".", "a.lmdb"], ValueError, "means .*a.lmdb twice"),
+        (["a*.lmdb", "a.lmdb"], ValueError, "means .*a.lmdb twice"),
     ],
 )
 def test_sources_that_are_not_there(
@@ -82,6 +98,13 @@ def test_other_keys_and_gaps_without_length(tmp_path: Path, keys: list[str]) -> 
     assert energies_of(write_items(tmp_path / "data.lmdb", items)) == numbers
 
 
+@pytest.mark.parametrize("length", [None, b"11", b" 11", pickle.dumps(11), pickle.dumps("11")])
+def test_keys_of_one_width_and_lengths_as_text(tmp_path: Path, length: bytes | None) -> None:
+    items = {b"%04d" % number: dump_record(bare_fields() | {"y": float(number)}) for number in range(11)}
+    path = write_items(tmp_path / "data.lmdb", items | ({} if length is None else {b"length": length}))
+    assert energies_of(path) == list(range(11))
+
+
 RECORD = dump_record(make_fields(0))
 
 
@@ -90,8 +113,9 @@ RECORD = dump_record(make_fields(0))
     [
         ({b"0": RECORD, b"1": RECORD, b"x": b"", b"length": pickle.dumps(4)}, "its length key says 4 records"),
         ({b"0": RECORD, b"1": RECORD, b"x": b"", b"length": pickle.dumps(3)}, "its length key says 3 records"),
-        ({b"0": b"x", b"length": b"12"}, "the length key "),
-        ({b"0": b"x", b"length": pickle.dumps("3")}, "the length key "),
+        ({b"00": RECORD, b"01": RECORD, b"length": b"3"}, "its length key says 3 records"),
+        ({b"0": b"x", b"length": b"twelve"}, "the length key "),
+        ({b"0": b"x", b"length": pickle.dumps("x3")}, "the length key "),
         ({b"0": b"x", b"length": pickle.dumps(-3)}, "the length key "),
     ],
 )
@@ -100,7 +124,21 @@ def test_wrong_lengths(tmp_path: Path, items: dict[bytes, bytes], message: str) 
         LmdbFile(write_items(tmp_path / "data.lmdb", items))
 
 
-@pytest.mark.parametrize("items", [{}, {b"length": pickle.dumps(0)}, {b"note": b"x"}])
+@pytest.mark.parametrize(
+    ("items", "message"),
+    [
+        ({b"random%d.extxyz" % n: RECORD for n in range(3)}, "3 entries with keys like random0.extxyz; expected 0, 1"),
+        ({b"a": RECORD, b"b": RECORD, b"length": pickle.dumps(2)}, "2 entries with keys like a; expected 0, 1, 2, ..."),
+        ({b"\x00\x01": RECORD}, r"1 entries with keys like b'\\x00\\x01'; expected 0, 1, 2"),
+        ({b"00": RECORD, b"1": RECORD}, "keys of several kinds, 00 and 1"),
+    ],
+)
+def test_keys_that_are_no_numbers_of_records(tmp_path: Path, items: dict[bytes, bytes], message: str) -> None:
+    with pytest.raises(ValueError, match=rf"data.lmdb: {message}"):
+        LmdbFile(write_items(tmp_path / "data.lmdb", items))
+
+
+@pytest.mark.parametrize("items", [{}, {b"length": pickle.dumps(0)}])
 def test_files_without_records(tmp_path: Path, items: dict[bytes, bytes]) -> None:
     with pytest.raises(ValueError, match=r"no records in .*data.lmdb"):
         open_dataset(write_items(tmp_path / "data.lmdb", items))

@@ -298,8 +298,9 @@ def test_atoms_on_one_point_are_found_without_edges_and_where_little_is_periodic
 
 
 def test_a_sid_of_another_kind_and_a_transform_that_fails_are_named(tmp_path: Path) -> None:
-    with pytest.raises(RecordError, match="record 0 has a sid that is no whole number"):
-        dataset_of(tmp_path / "a", make_fields(0) | {"sid": 0.5})[0]
+    for sid in (0.5, NAN, torch.tensor([INF])):
+        with pytest.raises(RecordError, match="record 0 has a sid that is no whole number"):
+            dataset_of(tmp_path / str(sid), make_fields(0) | {"sid": sid})[0]
     flat = make_fields(0)
     flat["tags"].zero_()
     with pytest.raises(RecordError, match=r"record 0 \(sid 0\): transform remove_subsurface: no atom would be left"):

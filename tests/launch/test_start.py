@@ -133,7 +133,7 @@ def test_a_warm_up_longer_than_the_run_is_told(
 
 
 def test_paths_as_a_shell_reads_them(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`~` and variables, where a shell has not put them in; a folder with brackets, and a pattern below it."""
+    """`~` and variables where a shell has not put them in; a folder with brackets, and a pattern below it."""
     root = tmp_path / "set [1]*"
     shutil.copytree(data, root)
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -2,11 +2,14 @@
 
 import logging
 import os
+import shutil
 from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
 
+from faenet_ocp.data.lmdb_files import resolve_files
+from faenet_ocp.data.packed import PackedFile
 from faenet_ocp.prepare import pack as packing
 from faenet_ocp.prepare.pack import pack
 from small_data import dump_record, make_fields, write_lmdb
@@ -32,6 +35,16 @@ def test_the_same_file_is_not_read_again(
     assert "data.lmdb is packed already" in caplog.text
 
 
+def test_folders_that_lmdb_makes_by_default(source: Path, tmp_path: Path) -> None:
+    for name in ("a.lmdb", "b.lmdb", "c"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        shutil.copy(source, tmp_path / "data" / name / "data.mdb")
+    shutil.copy(source, tmp_path / "data")
+    assert pack(tmp_path / "data", tmp_path / "packed") == 12
+    for src, records in (("packed", 9), ("packed/c", 3)):
+        assert sum(len(PackedFile(path)) for path in resolve_files(tmp_path / src)) == records
+
+
 def test_a_copy_is_compared(source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     pack(source, tmp_path / "packed")
@@ -41,11 +54,12 @@ def test_a_copy_is_compared(source: Path, tmp_path: Path, caplog: pytest.LogCapt
 
 
 def test_other_contents_are_noticed(source: Path, tmp_path: Path) -> None:
-    """Also where the file is as large as before, or only begins like it."""
+    """Also where the file is as large and as old as before, or only begins like it."""
     pack(source, tmp_path / "packed")
-    size = source.stat().st_size
+    state = source.stat()
     write(tmp_path, 0, 1, 3)
-    assert source.stat().st_size == size
+    os.utime(source, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert (source.stat().st_size, source.stat().st_mtime_ns) == (state.st_size, state.st_mtime_ns)
     with pytest.raises(ValueError, match=r"was packed from another file than .*\(record 2 differs .*\); remove it"):
         pack(source, tmp_path / "packed")
     write(tmp_path, 0, 1)

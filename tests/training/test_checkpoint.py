@@ -1,7 +1,9 @@
 """Checkpoints: whole or not there, of a known format, and never able to run code."""
 
+import io
 import os
 import pickle
+import re
 from pathlib import Path
 
 import pytest
@@ -61,15 +63,63 @@ def test_nothing_in_a_checkpoint_runs(tmp_path: Path, monkeypatch: pytest.Monkey
     assert not (tmp_path / "pwned").exists()
 
 
-def test_foreign_files_are_named(tmp_path: Path) -> None:
-    torch.save({"state_dict": {}}, tmp_path / "other.pt")
-    torch.save({"format": FORMAT + 1}, tmp_path / "newer.pt")
-    with pytest.raises(ValueError, match=r"other.pt: not a faenet-ocp checkpoint"):
-        load_checkpoint(tmp_path / "other.pt")
-    with pytest.raises(ValueError, match=rf"newer.pt: format {FORMAT + 1}, this version reads format {FORMAT}"):
-        load_checkpoint(tmp_path / "newer.pt")
-    with pytest.raises(ValueError, match="there is no such file"):
-        load_checkpoint(tmp_path / "gone.pt")
+def _as_torch_saves(content: object, **options: object) -> bytes:
+    stream = io.BytesIO()
+    torch.save(content, stream, **options)
+    return stream.getvalue()
+
+
+_PUBLISHED = {"module.embed_block.emb.weight": torch.zeros(2)}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "the file is empty"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:12", "a pointer of git-lfs; `git lfs pull`"),
+        (b"\n<!DOCTYPE html><html><body>Sign in</body></html>", "a web page"),
+        (b"trainer: faenet\ntask: is2re\n", "a text that begins with 'trainer: faenet"),
+        (b"\x89PNG\r\n\x1a\n\xff\xfe", "a binary file of another kind"),
+        (_as_torch_saves({"a": 1}, _use_new_zipfile_serialization=False), "a pickle, as torch wrote them before"),
+        (_as_torch_saves(torch.nn.Linear(1, 1)), "holds objects beside tensors, numbers and text"),
+        (_as_torch_saves({"state_dict": {}}), "not a checkpoint of faenet-ocp (no format number)"),
+        (_as_torch_saves([1]), "not a checkpoint of faenet-ocp (no format number)"),
+        (_as_torch_saves(_PUBLISHED), "load_reference_state_dict"),
+        (_as_torch_saves({"state_dict": _PUBLISHED, "epoch": 1}), "load_reference_state_dict"),
+        (_as_torch_saves({"format": FORMAT + 1}), f"format {FORMAT + 1}, this version reads format {FORMAT}"),
+        (_as_torch_saves({"format": FORMAT}), "has no check sum: it was saved by torch.save"),
+        (_as_torch_saves({"format": FORMAT})[:-40], "not readable: it is cut short or damaged"),
+    ],
+)
+def test_what_is_no_checkpoint_is_said(tmp_path: Path, content: bytes, message: str) -> None:
+    """In words of ours: torch's advise to switch its safety off."""
+    path = tmp_path / "other.pt"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"checkpoint .*other\.pt: .*{re.escape(message)}") as caught:
+        load_checkpoint(path)
+    assert "weights_only" not in str(caught.value)
+
+
+def test_folders_places_and_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for path, message in (
+        (tmp_path, "is a folder; name the file in it"),
+        (tmp_path / "gone.pt", "there is no such file"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_checkpoint(path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    save_checkpoint(tmp_path / "a.pt", {"model": {"w": torch.ones(100)}})
+    assert load_checkpoint("~/a.pt")["model"]["w"].sum() == 100
+    assert load_checkpoint("$HOME/a.pt")["format"] == FORMAT
+    content = bytearray((tmp_path / "a.pt").read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "a.pt").write_bytes(content)
+    with pytest.raises(ValueError, match="a.pt: damaged"):
+        load_checkpoint(tmp_path / "a.pt")
+    # What the message about a missing check sum says, helps.
+    (tmp_path / "b.pt").write_bytes(_as_torch_saves({"format": FORMAT, "model": {}}))
+    save_checkpoint(tmp_path / "b.pt", torch.load(tmp_path / "b.pt", weights_only=True))
+    assert load_checkpoint(tmp_path / "b.pt")["model"] == {}
 
 
 def test_weights_of_another_model_are_refused() -> None:

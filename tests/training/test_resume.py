@@ -20,7 +20,6 @@ from faenet_ocp import checkpoint
 from faenet_ocp.checkpoint import load_checkpoint, step_checkpoints
 from faenet_ocp.common import files
 from faenet_ocp.evaluation import evaluator
-from faenet_ocp.launch import cli
 from faenet_ocp.launch.cli import main
 from faenet_ocp.training.loggers import MetricLogger
 from faenet_ocp.training.unit import OCPTrainUnit
@@ -336,24 +335,7 @@ def test_ranks_end_when_their_launcher_is_killed(data: Path, tmp_path: Path) -> 
     assert load_checkpoint(_checkpoints(tmp_path) / "last.pt")["model"]
 
 
-# ------------------------------------------------------------------------- changed settings, other files
-
-
-def test_changed_settings_are_told_apart(
-    data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cli.local_ranks, "launch", lambda config: None)
-    arguments = _config(tmp_path, data)
-    assert main(arguments) == 0
-    caplog.clear()
-    changes = ["--optim.num_workers=1", "--logger=tensorboard", "--optim.lr_initial=0.01", "--frames.method=det"]
-    with caplog.at_level("INFO"):
-        assert main([*arguments, *changes, "--print-every", "7"]) == 0
-    told = {r.getMessage().split(":")[0]: r for r in caplog.records if "the run began with" in r.getMessage()}
-    matter = {key for key, record in told.items() if record.levelname == "WARNING"}
-    assert matter == {"optim.lr_initial", "frames.method"}
-    assert set(told) - matter == {"optim.num_workers", "logger.name", "job.print_every"}
-    assert told["optim.lr_initial"].getMessage().endswith("began with 0.002, goes on with 0.01 (changes the results)")
+# ------------------------------------------------------------------------- other files
 
 
 def test_a_checkpoint_of_another_model_says_what_does_not_fit(
