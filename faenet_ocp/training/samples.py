@@ -43,10 +43,10 @@ def check_samples(config: Config, sources: Mapping[str, SourceConfig], *, mode: 
                     *(split, reason, len(batch.natoms)),
                 )
         _check_edges(config, split, dataset, mode)
-        reason = _no_forces(config, batch, training=source is config.dataset.train)
-        if reason is None or mode == "predict":
+        missing = _no_forces(config, batch, training=source is config.dataset.train)
+        if missing is None or mode == "predict":
             continue
-        message = f"dataset, split {split}: no atom of {len(batch.natoms)} systems looked at {reason}"
+        message = f"dataset, split {split}: no atom of {len(batch.natoms)} systems looked at {missing}"
         if mode == "check" or len(batch.natoms) < len(dataset):  # type: ignore[arg-type]
             logging.warning(message)
         else:
@@ -63,7 +63,9 @@ def _check_edges(config: Config, split: str, dataset: Dataset, mode: str) -> Non
         return
     looked_at = min(len(dataset), _GRAPHS)
     if found := compare_edges(dataset, looked_at):
-        limits = f"model.cutoff ({dataset.config['cutoff']}) and model.max_neighbors ({dataset.config['max_neighbors']})"
+        limits = (
+            f"model.cutoff ({dataset.config['cutoff']}) and model.max_neighbors ({dataset.config['max_neighbors']})"
+        )
         message = (
             f"dataset, split {split}: stored edges are not those within {limits} in {len(found)} of {looked_at} systems "
             f"looked at ({found[0]}); dataset.edges: recompute builds them anew"
