@@ -1,4 +1,4 @@
-"""Reads every record of data sets and lists what cannot be used (`--mode check`); edges and tags that cannot be meant."""
+"""Lists all records of data sets that cannot be used (`--mode check`); edges and tags that cannot be meant."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -118,7 +118,9 @@ def compare_edges(dataset: OC20LmdbDataset, size: int) -> list[str]:
     cutoff, found = dataset.config["cutoff"], []
     for index in _spread(len(dataset), size):
         given, expected = stored[index], built[index]
-        if torch.equal(given.edge_index, expected.edge_index) and torch.equal(given.cell_offsets, expected.cell_offsets):
+        if torch.equal(given.edge_index, expected.edge_index) and torch.equal(
+            given.cell_offsets, expected.cell_offsets
+        ):
             continue
         (ours, sure_ours), (whole, sure_whole) = _edge_sets(given, cutoff), _edge_sets(expected, cutoff)
         missing, others, doubled = len(sure_whole - ours), len(sure_ours - whole), int(given.nedges) - len(ours)

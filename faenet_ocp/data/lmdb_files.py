@@ -70,7 +70,9 @@ def _files_of(path: Path) -> list[Path]:
         found, what = [], f"no file or folder {path}"
     if not found:
         raise FileNotFoundError(what)
-    return [file for item in sorted(found, key=natural_order) for file in (_files_of(item) if item.is_dir() else [item])]
+    return [
+        file for item in sorted(found, key=natural_order) for file in (_files_of(item) if item.is_dir() else [item])
+    ]
 
 
 def natural_order(path: Path | str) -> list[tuple[int, str]]:

@@ -63,10 +63,12 @@ def _check_edges(config: Config, split: str, dataset: Dataset, mode: str) -> Non
         return
     looked_at = min(len(dataset), _GRAPHS)
     if found := compare_edges(dataset, looked_at):
-        limits = f"model.cutoff ({dataset.config['cutoff']}) and model.max_neighbors ({dataset.config['max_neighbors']})"
+        limits = (
+            f"model.cutoff ({dataset.config['cutoff']}) and model.max_neighbors ({dataset.config['max_neighbors']})"
+        )
         message = (
-            f"dataset, split {split}: stored edges are not those within {limits} in {len(found)} of {looked_at} systems "
-            f"looked at ({found[0]}); dataset.edges: recompute builds them anew"
+            f"dataset, split {split}: stored edges are not those within {limits} in {len(found)} of {looked_at} "
+            f"systems looked at ({found[0]}); dataset.edges: recompute builds them anew"
         )
         if len(found) >= _MANY * looked_at and mode != "check":
             raise ValueError(message)
