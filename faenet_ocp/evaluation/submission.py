@@ -71,9 +71,7 @@ def _load(path: Path, task: str) -> dict[str, np.ndarray]:
     if task == "s2ef":
         largest = float(np.abs(part["forces"]).max(initial=0.0))
         if not largest < float(np.finfo(np.float16).max):
-            raise ValueError(
-                f"{path}: a force component of {largest:.4g} eV/A; the leaderboard's float16 has none such"
-            )
+            raise ValueError(f"{path}: a force component of {largest:.4g} eV/A is too large for float16")
         part["forces"] = part["forces"].astype(np.float16)
     return part
 

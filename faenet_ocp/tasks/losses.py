@@ -45,10 +45,15 @@ def loss_mask(task: Task, batch: AtomicData) -> Tensor:
     return torch.ones(len(batch[task.name]), dtype=torch.bool, device=batch.pos.device)
 
 
+def normalised_label(task: Task, batch: AtomicData) -> Tensor:
+    """What a task's outputs are compared with: labels without references, normalised; of systems in float64."""
+    label = exact_label(batch, task.name)
+    if task.element_references is not None:
+        label = task.element_references.apply_refs(batch, label)
+    return task.normalizer.norm(label)
+
+
 def task_loss(task: Task, outputs: Mapping[str, Any], batch: AtomicData) -> Tensor:
     """A task's loss in normalised units, summed over this batch."""
-    target = exact_label(batch, task.name)
-    if task.element_references is not None:
-        target = task.element_references.apply_refs(batch, target)
-    target = task.normalizer.norm(target).to(batch.pos.dtype)
+    target = normalised_label(task, batch).to(batch.pos.dtype)
     return task.loss_fn(outputs[task.name][task.property], target, loss_mask(task, batch), batch.natoms)

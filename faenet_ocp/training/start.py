@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fairchem.core.datasets.atomic_data import AtomicData
 from torch import Tensor
 
 from faenet_ocp import build
@@ -15,7 +14,8 @@ from faenet_ocp.checkpoint import load_newest
 from faenet_ocp.config.changes import OTHERWISE, changes, check_changes
 from faenet_ocp.config.messages import without_removed
 from faenet_ocp.config.schema import Config, SourceConfig, build_config
-from faenet_ocp.data.loader import load_batch
+from faenet_ocp.data.check import sample_of
+from faenet_ocp.tasks.losses import normalised_label
 from faenet_ocp.tasks.references import CompositionFit, fits_from_dict
 from faenet_ocp.tasks.tasks import TargetTask, load_tasks_state
 from faenet_ocp.training.optim import total_steps
@@ -101,28 +101,19 @@ def announce_shifts(
         state: the checkpoint's `tasks`.
     """
     dataset = build.make_label_dataset(config, source)
-    total = len(dataset)  # type: ignore[arg-type]
-    used = min(total, _SYSTEMS)
-    batch = load_batch(dataset, [(0, number * total // used) for number in range(used)])
+    batch = sample_of(dataset, _SYSTEMS)
     for task in tasks:
         if task.name not in state:
             continue
         load_tasks_state([before := copy.copy(task)], state)
-        (mean, stdev), (old_mean, old_stdev) = (_spread(_normalised(units, batch)) for units in (task, before))
+        (mean, stdev), (old_mean, old_stdev) = (_spread(normalised_label(units, batch)) for units in (task, before))
         if abs(old_mean - mean) > 0.5 * stdev or not 2 / 3 < old_stdev / max(stdev, 1e-12) < 3 / 2:
             logging.warning(
                 "outputs.%s: normalised, as this configuration says, targets are %.4g +- %.4g (mean and standard "
                 "deviation of %d systems); in the units that the checkpoint's weights were trained for, they would be "
                 "%.4g +- %.4g. The weights are kept; the first steps have to make up for it",
-                *(task.name, mean, stdev, used, old_mean, old_stdev),
+                *(task.name, mean, stdev, len(batch.natoms), old_mean, old_stdev),
             )
-
-
-def _normalised(task: TargetTask, batch: AtomicData) -> Tensor:
-    target = batch[task.name].double()
-    if task.element_references is not None:
-        target = task.element_references.apply_refs(batch, target)
-    return task.normalizer.norm(target)
 
 
 def _spread(values: Tensor) -> tuple[float, float]:

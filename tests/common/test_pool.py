@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -65,6 +64,8 @@ def test_a_process_that_dies_is_an_error(tmp_path: Path) -> None:
 
 def test_processes_end_with_a_killed_parent(tmp_path: Path) -> None:
     """Also in the middle of a task."""
+    from processes import wait_for  # not where the child imports this file
+
     code = (
         f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); from pathlib import Path\n"
         "from test_pool import *\n"
@@ -77,13 +78,6 @@ def test_processes_end_with_a_killed_parent(tmp_path: Path) -> None:
     processes = {int(path.read_text()) for path in tmp_path.iterdir()}
     assert len(processes) == 2
     wait_for(lambda: not any(map(is_running, processes)))
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
 
 
 def is_running(process: int) -> bool:

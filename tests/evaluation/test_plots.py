@@ -58,9 +58,7 @@ def test_parity_of_four_splits(tmp_path, drawn):
     splits = {f"val_{i}": points(50 + i, seed=i) for i in range(4)}
     path = plot_parity(splits, tmp_path / "plots" / "parity.png", dataset="test data", target=ENERGY)
     assert [p.name for p in path.parent.iterdir()] == ["parity.png"]
-    image = imread(path)
-    assert image.shape[0] > 700 and image.shape[1] > 700
-    assert len(np.unique(image.reshape(-1, image.shape[2]), axis=0)) > 50
+    assert min(imread(path).shape[:2]) > 700
     assert len(drawn["scatter"]) == 4 and not drawn["hexbin"]
     for (args, _), (pred, label) in zip(drawn["scatter"], splits.values(), strict=True):
         np.testing.assert_array_equal(args[0], label)  # label on x
@@ -94,9 +92,8 @@ def test_the_learning_curve_of_a_real_run(small_s2ef, tmp_path, drawn):
     path = plot_learning_curve(log, tmp_path / "curve.png", dataset="d", targets=list(TARGETS.values()))
     assert panels(drawn) == ["training loss", "Energy MAE [eV]", "Force MAE [meV/A]", "learning rate"]
     assert imread(path).shape[0] > 900
-    logged = {
-        r["step"]: r["train/lr"] for line in log.read_text().splitlines() if "train/lr" in (r := json.loads(line))
-    }
+    records = map(json.loads, log.read_text().splitlines())
+    logged = {record["step"]: record["train/lr"] for record in records if "train/lr" in record}
     (steps, values), _ = drawn["plot"][-1]
     assert logged and dict(zip(steps.tolist(), values.tolist(), strict=True)) == logged
     metrics = json.loads((run / "results" / "metrics.json").read_text())["splits"]["val_id"]
@@ -124,12 +121,10 @@ def test_panels_without_records_are_left_out(tmp_path, drawn):
 
 
 def test_a_step_logged_twice_counts_as_logged_last(tmp_path, drawn):
-    records = [{"step": step, "train/loss": 1.0} for step in (1, 2, 3, 4)]
-    records += [{"step": step, "train/loss": 2.0} for step in (3, 4, 5)]
-    learning_curve(tmp_path, records)
+    logged = [(1, 1.0), (2, 1.0), (3, 1.0), (4, 1.0), (3, 2.0), (4, 2.0), (5, 2.0)]
+    learning_curve(tmp_path, [{"step": step, "train/loss": loss} for step, loss in logged])
     ((steps, values), _) = drawn["plot"][0]
-    assert list(steps) == [1, 2, 3, 4, 5]
-    assert list(values) == [1, 1, 2, 2, 2]
+    assert (list(steps), list(values)) == ([1, 2, 3, 4, 5], [1, 1, 2, 2, 2])
 
 
 def test_damaged_lines_of_a_log_are_counted_and_skipped(tmp_path, drawn, caplog):

@@ -148,8 +148,7 @@ def test_average_needs_all_four_splits_and_no_other():
 
 
 def test_baselines_are_turned_into_rows():
-    by_split = {split: {"mean_predictor": energies(0.7, 1.0)} for split in SPLITS}
-    rows = is2re(baselines=by_split)["baselines"]
+    rows = is2re(baselines={split: {"mean_predictor": energies(0.7, 1.0)} for split in SPLITS})["baselines"]
     assert list(rows) == list(BASELINES)
     assert rows["mean_predictor"]["splits"]["val_ood_cat"] == energies(0.7, 1.0)
     assert rows["mean_predictor"]["average"]["energy_mae"] == pytest.approx(0.7)
@@ -227,9 +226,8 @@ def test_a_declared_scalar_has_columns_of_the_splits_that_were_evaluated():
 
 
 def test_the_papers_row_is_marked():
-    assert "not comparable" in render_table(is2re())
     on_oc20 = render_table(is2re(oc20=True))
-    assert "not comparable" not in on_oc20
+    assert "not comparable" in render_table(is2re()) and "not comparable" not in on_oc20
     assert "FAENet, the paper's (OC20, RTX8000)" in on_oc20
 
 
@@ -243,8 +241,7 @@ def test_the_papers_averages_are_those_of_its_splits(results):
 
 def test_a_bar_in_a_name_does_not_break_the_table():
     table = render_table(is2re(run=run_info(model="a|b"))).split("\n\n")[1].splitlines()
-    assert len({line.replace("\\|", "").count("|") for line in table}) == 1
-    assert len({len(line) for line in table}) == 1
+    assert len({(len(line), line.replace("\\|", "").count("|")) for line in table}) == 1
 
 
 @pytest.mark.parametrize(

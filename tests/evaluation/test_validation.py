@@ -50,8 +50,7 @@ def _loader(dataset, *, rank=0, world_size=1, total=7):
 
 def test_predictions_are_physical_and_the_model_goes_on_training(dataset, tasks) -> None:
     model = _Wrong()
-    batches = [batch for group in _loader(dataset) for batch in group]
-    for batch, values, seconds in predict(model, tasks, batches):
+    for batch, values, seconds in predict(model, tasks, [batch for group in _loader(dataset) for batch in group]):
         assert not model.training and seconds > 0
         torch.testing.assert_close(values["energy"], batch.energy + 0.01 * batch.natoms)
         assert not values["energy"].requires_grad

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from faenet_ocp.kernels import accelerate, edge_kernels, filtered_sum
-from faenet_ocp.kernels.exchange import FastEdgeEmbedding, Tabulated, cubic_interpolation
+from faenet_ocp.kernels.exchange import FastEdgeEmbedding, Tabulated
 from network_inputs import VARIANTS, Inputs, build, energies, make_inputs, predict, slabs
 
 Parts = tuple[nn.Module, ...]
+EXACT = torch.float64
 
 
 @pytest.fixture(autouse=True)
@@ -30,13 +31,9 @@ def batch() -> Inputs:
     return make_inputs(slabs(8))
 
 
-@pytest.fixture
-def kernels(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the kernels that have run."""
-    seen: list[str] = []
-    run = edge_kernels.run
-    monkeypatch.setattr(edge_kernels, "run", lambda kernel, *a: seen.append(kernel.__name__) or run(kernel, *a))
-    return seen
+@pytest.fixture(scope="module")
+def few() -> Inputs:
+    return make_inputs(slabs(2))
 
 
 def accelerated(dtype: torch.dtype = torch.float32, **options: Any) -> Parts:
@@ -80,9 +77,9 @@ def error(ours: list[Tensor], theirs: list[Tensor]) -> float:
     "function, dtype, tolerance",
     [
         (values_and_gradients, torch.float32, 1e-4),
-        (values_and_gradients, torch.float64, 1e-10),
+        (values_and_gradients, EXACT, 1e-10),
         (second_gradients, torch.float32, 1e-3),
-        (second_gradients, torch.float64, 1e-10),
+        (second_gradients, EXACT, 1e-10),
     ],
 )
 def test_accelerated_equals_plain(
@@ -104,23 +101,30 @@ def test_accelerated_equals_plain(
         ({"second_layer_MLP": True}, torch.float32, True, False),
         ({"edge_embed_type": "all"}, torch.float32, True, False),
         ({"act": "gelu"}, torch.float32, False, True),
-        ({}, torch.float64, False, False),
+        ({}, EXACT, False, False),
         ({"mp_type": "att"}, torch.float32, False, False),
     ],
 )
 def test_what_is_fast_where(
-    options: dict, dtype: torch.dtype, compiled: bool, interpolated: bool, batch: Inputs, kernels: list[str]
+    options: dict,
+    dtype: torch.dtype,
+    compiled: bool,
+    interpolated: bool,
+    batch: Inputs,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    kernels, run = set(), edge_kernels.run
+    monkeypatch.setattr(edge_kernels, "run", lambda kernel, *a: kernels.add(kernel.__name__) or run(kernel, *a))
     parts, inputs = accelerated(dtype, **options), inputs_in(dtype, batch)
     values_and_gradients(parts, inputs)
-    assert set(kernels) == ({"add_messages", "add_gradients"} if compiled else set())
-    embedding = parts[0].edge_embedding
-    assert isinstance(embedding(inputs.edge_vec), Tabulated) == interpolated
+    assert kernels == ({"add_messages", "add_gradients"} if compiled else set())
+    embedding, vectors = parts[0].edge_embedding, inputs.edge_vec
+    assert isinstance(embedding(vectors), Tabulated) == interpolated
     if interpolated:  # not for derivatives by the positions; few edges only if the table serves many batches
-        assert not isinstance(embedding(inputs.edge_vec.clone().requires_grad_()), Tabulated)
-        assert not isinstance(embedding(inputs.edge_vec[:10]), Tabulated)
+        assert not isinstance(embedding(vectors.clone().requires_grad_()), Tabulated)
+        assert not isinstance(embedding(vectors[:10]), Tabulated)
         with torch.no_grad():
-            assert isinstance(embedding(inputs.edge_vec[:10]), Tabulated)
+            assert isinstance(embedding(vectors[:10]), Tabulated)
 
 
 def test_large_weights_are_interpolated_as_well(batch: Inputs) -> None:
@@ -132,7 +136,7 @@ def test_large_weights_are_interpolated_as_well(batch: Inputs) -> None:
 
 @pytest.mark.parametrize("act", ["swish", "gelu"])
 def test_bfloat16_is_no_less_exact_than_plain(act: str, batch: Inputs) -> None:
-    exact = values_and_gradients(build(torch.float64, act=act), inputs_in(torch.float64, batch))
+    exact = values_and_gradients(build(EXACT, act=act), inputs_in(EXACT, batch))
     errors = []
     for parts in (accelerated(act=act), build(act=act)):
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -148,13 +152,12 @@ def test_no_edges() -> None:
 
 
 def test_positions_that_are_not_finite_spoil_their_system_only(batch: Inputs) -> None:
-    vectors = batch.edge_vec.clone()
-    vectors[batch.batch[batch.edge_index[1]] == 3] = torch.nan
+    vectors, spoilt = batch.edge_vec.clone(), batch.batch == 3
+    vectors[spoilt[batch.edge_index[1]]] = torch.nan
+    inputs = batch._replace(edge_vec=vectors)
     with torch.no_grad():
-        energy = energies(accelerated(), batch._replace(edge_vec=vectors))
-    assert energy.isnan().nonzero().flatten().tolist() == [3]
-    forces = values_and_gradients(accelerated(), batch._replace(edge_vec=vectors))[1]
-    assert torch.equal(forces.isnan().any(dim=1), batch.batch == 3)
+        assert energies(accelerated(), inputs).isnan().nonzero().flatten().tolist() == [3]
+    assert torch.equal(values_and_gradients(accelerated(), inputs)[1].isnan().any(dim=1), spoilt)
 
 
 @pytest.mark.parametrize("end", [0, 1])
@@ -185,67 +188,59 @@ def test_few_tensors_per_edge_are_kept_for_the_gradient(batch: Inputs) -> None:
 # --- Weights change ---
 
 
-def _load(net: nn.Module) -> None:
+def _load(net: nn.Module, inputs: Inputs) -> None:
     net.load_state_dict({name: tensor + 0.01 if "lin" in name else tensor for name, tensor in net.state_dict().items()})
 
 
-def _swap(net: nn.Module) -> None:
+def _swap(net: nn.Module, inputs: Inputs) -> None:
     """As averages of weights are swapped in: past autograd's count of changes."""
     net.blocks[0].filter.lin.weight.data.add_(0.1)
     net.edge_embedding.lin_rbf.bias.data.add_(0.1)
 
 
-def _train(net: nn.Module) -> None:
+def _train(net: nn.Module, inputs: Inputs) -> None:
     net.requires_grad_(True)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     with torch.enable_grad():
-        net(**make_inputs(slabs(2)).arguments).node_embedding.square().mean().backward()
+        net(**inputs.arguments).node_embedding.square().mean().backward()
     optimizer.step()
 
 
-def _cast(net: nn.Module) -> None:
+def _cast(net: nn.Module, inputs: Inputs) -> None:
     net.to(torch.bfloat16).to(torch.float32)
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("change", [_load, _swap, _train, _cast])
-def test_what_is_kept_follows_the_weights(change: Callable[[nn.Module], None]) -> None:
-    inputs, parts = make_inputs(slabs(2)), accelerated()
-    parts[0].requires_grad_(False)
-    with torch.no_grad():
-        before = energies(parts, inputs)
-        change(parts[0])
-        fresh = accelerated()
-        for part, other in zip(fresh, parts, strict=True):
-            part.load_state_dict(other.state_dict())
-        assert torch.equal(energies(parts, inputs), energies(fresh, inputs))
-        assert not torch.equal(energies(parts, inputs), before)
-
-
-def test_double_precision_after_single() -> None:
-    inputs, parts = make_inputs(slabs(2)), accelerated()
-    with torch.no_grad():
-        energies(parts, inputs)
-        for part in parts:
-            part.double()
-        doubled = inputs_in(torch.float64, inputs)
-        torch.testing.assert_close(energies(parts, doubled), energies(build(torch.float64), doubled), rtol=1e-6, atol=0)
-
-
-def test_what_is_kept_follows_autocast(batch: Inputs) -> None:
+def test_what_is_kept_follows_the_weights(change: Callable[[nn.Module, Inputs], None], few: Inputs) -> None:
     parts = accelerated()
-    with torch.no_grad():
-        exact = energies(parts, batch)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            assert not torch.equal(energies(parts, batch), exact)
-        assert torch.equal(energies(parts, batch), exact)
+    parts[0].requires_grad_(False)
+    before = energies(parts, few)
+    change(parts[0], few)
+    fresh = accelerated()
+    for part, other in zip(fresh, parts, strict=True):
+        part.load_state_dict(other.state_dict())
+    assert torch.equal(energies(parts, few), energies(fresh, few))
+    assert not torch.equal(energies(parts, few), before)
 
 
-def test_it_is_computed_once_for_many_batches() -> None:
-    parts, inputs, calls = accelerated(), make_inputs(slabs(2)), []
+@torch.no_grad()
+def test_what_is_kept_follows_the_precision(few: Inputs) -> None:
+    parts, doubled = accelerated(), inputs_in(EXACT, few)
+    exact = energies(parts, few)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not torch.equal(energies(parts, few), exact)
+    assert torch.equal(energies(parts, few), exact)
+    for part in parts:
+        part.double()
+    torch.testing.assert_close(energies(parts, doubled), energies(build(EXACT), doubled), rtol=1e-6, atol=0)
+
+
+@torch.no_grad()
+def test_it_is_computed_once_for_many_batches(few: Inputs) -> None:
+    parts, calls = accelerated(), []
     parts[0].edge_embedding.smearing.register_forward_hook(lambda *_: calls.append(1))
-    with torch.no_grad():
-        first = energies(parts, inputs)
-        assert torch.equal(energies(parts, inputs), first)
+    assert torch.equal(energies(parts, few), energies(parts, few))
     assert len(calls) == 1
 
 
@@ -256,42 +251,53 @@ def _pickled(parts: Any) -> Any:
     return torch.load(file, weights_only=False)
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("copied", [copy.deepcopy, _pickled])
-def test_a_copy_is_fast_and_on_its_own(copied: Callable) -> None:
+def test_a_copy_is_fast_and_on_its_own(copied: Callable, few: Inputs) -> None:
     """As of a model whose weights are averaged: it is right from the start, and after its weights change."""
-    parts, inputs = accelerated(), make_inputs(slabs(2))
-    with torch.no_grad():
-        before = energies(parts, inputs)
-        copies = copied(parts)
-        assert isinstance(copies[0].edge_embedding, FastEdgeEmbedding)
-        assert torch.equal(energies(copies, inputs), before)
-        copies[0].edge_embedding.lin_rbf.weight += 0.1
-        assert not torch.equal(energies(copies, inputs), before)
-        assert torch.equal(energies(parts, inputs), before)
+    parts = accelerated()
+    before, copies = energies(parts, few), copied(parts)
+    assert isinstance(copies[0].edge_embedding, FastEdgeEmbedding)
+    assert torch.equal(energies(copies, few), before)
+    copies[0].edge_embedding.lin_rbf.weight += 0.1
+    assert not torch.equal(energies(copies, few), before)
+    assert torch.equal(energies(parts, few), before)
 
 
 # --- Parts ---
 
 
-def test_interpolation_is_exact_for_cubics_only() -> None:
-    place = torch.rand(50, dtype=torch.float64) * 10
-    knots = torch.arange(-1.0, 13.0, dtype=torch.float64)
-    near, weight = cubic_interpolation(place)
-    for power in range(4):
-        torch.testing.assert_close((knots[near] ** power * weight).sum(1), place**power)
-    largest = ((knots[near] ** 4 * weight).sum(1) - place**4).abs().max()
-    assert 0.3 < largest <= 24 * 9 / 384 * 1.001
-
-
+@torch.no_grad()
 def test_distances_from_zero_to_beyond_the_gaussians() -> None:
-    plain, fast = build()[0].edge_embedding, accelerated()[0].edge_embedding
-    vectors = torch.zeros(400, 3)
-    vectors[:, 0] = torch.linspace(0, 40, 400)
-    with torch.no_grad():
-        parts = fast(vectors)
-        channels = (parts.knots.values[parts.knots.near] * parts.knots.weight[:, :, None]).sum(1)
-        found = torch.cat([parts.vector_part, channels], dim=1)
-        torch.testing.assert_close(found, plain(vectors), rtol=1e-6, atol=1e-6)
+    vectors = functional.pad(torch.linspace(0, 40, 400)[:, None], (0, 2))
+    parts = accelerated()[0].edge_embedding(vectors)
+    channels = (parts.knots.values[parts.knots.near] * parts.knots.weight[:, :, None]).sum(1)
+    expected = build()[0].edge_embedding(vectors)
+    torch.testing.assert_close(torch.cat([parts.vector_part, channels], dim=1), expected, rtol=1e-6, atol=1e-6)
+
+
+def _add_messages(
+    linear: Tensor, nodes: Tensor, values: Tensor, source: Tensor, target: Tensor, kept: Tensor | None = None
+) -> Tensor:
+    """m of edges (E, M) from the kernel, without knots."""
+    (edges, channels), m = linear.shape, torch.zeros_like(values)
+    none, knots = torch.empty(0, channels), (torch.empty(0, dtype=torch.int32), torch.empty(0, 4))
+    arrays = edge_kernels.arrays(m, none if kept is None else kept, linear, none, nodes, values, source, target, *knots)
+    edge_kernels.run(edge_kernels.add_messages, channels, *arrays, 0, edges)
+    return m
+
+
+def _message_sums() -> bytes:
+    """m of 200 edges between 23 atoms."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = (torch.randn(size, generator=generator) for size in ((200, 130), (23, 260), (23, 130)))
+    return _add_messages(*tensors, *torch.randint(0, 23, (2, 200), generator=generator)).numpy().tobytes()
+
+
+def _through_one_edge(x: Tensor, kept: Tensor | None = None) -> Tensor:
+    """m of one edge with these filters to a value of 1: their silu."""
+    index = torch.zeros(1, dtype=torch.long)
+    return _add_messages(x[None], torch.zeros(1, 2 * len(x)), torch.ones(1, len(x)), index, index, kept)[0]
 
 
 @pytest.fixture
@@ -301,26 +307,12 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def _message_sums(channels: int = 130) -> bytes:
-    """m of 200 edges between 23 atoms, from the kernel."""
-    generator = torch.Generator().manual_seed(0)
-    sizes = [(200, channels), (0, channels), (23, 2 * channels), (23, channels)]
-    linear, none, nodes, values = (torch.randn(size, generator=generator) for size in sizes)
-    source, target = torch.randint(0, 23, (2, 200), generator=generator)
-    m = torch.zeros(23, channels)
-    knots = torch.empty(0, dtype=torch.int32), torch.empty(0, 4)
-    arrays = edge_kernels.arrays(m, none, linear, none, nodes, values, source, target, *knots)
-    edge_kernels.run(edge_kernels.add_messages, channels, *arrays, 0, 200)
-    return m.numpy().tobytes()
-
-
 def test_the_number_of_threads_changes_no_bit(threads: None) -> None:
     results = set()
     for count in (1, 2, 3, 64):
         torch.set_num_threads(count)
         results.add(_message_sums())
-    assert len(results) == 1
-    assert any(results.pop())
+    assert len(results) == 1 and any(results.pop())
 
 
 def test_a_forked_process_has_threads_of_its_own(threads: None) -> None:
@@ -330,26 +322,14 @@ def test_a_forked_process_has_threads_of_its_own(threads: None) -> None:
     child = multiprocessing.get_context("fork").Process(target=_message_sums)
     child.start()
     child.join(60)
-    alive = child.is_alive()
-    child.kill()
-    assert not alive
+    child.kill()  # no effect on one that has ended
+    child.join()
     assert child.exitcode == 0
-
-
-def _through_one_edge(filters: Tensor, kept: Tensor) -> Tensor:
-    """m of one edge with these filters to a value of 1: their silu."""
-    m, index = torch.zeros(1, len(filters)), torch.zeros(1, dtype=torch.long)
-    none, nodes = torch.empty(0, len(filters)), torch.zeros(1, 2 * len(filters))
-    knots = torch.empty(0, dtype=torch.int32), torch.empty(0, 4)
-    arrays = edge_kernels.arrays(m, kept, filters[None], none, nodes, m + 1, index, index, *knots)
-    edge_kernels.run(edge_kernels.add_messages, len(filters), *arrays, 0, 1)
-    return m[0]
 
 
 def test_silu_from_end_to_end() -> None:
     x = torch.cat([torch.linspace(-120, 120, 24_001), torch.tensor([-1e30, -1e4, 0.0, 1e4, 1e30, torch.inf])])
-    m = _through_one_edge(x, torch.empty(0, len(x)))
-    expected = functional.silu(x.double())
+    m, expected = _through_one_edge(x), functional.silu(x.double())
     finite = expected.isfinite() & (expected.abs() > 1e-30)
     assert float(((m - expected) / expected)[finite].abs().max()) < 3e-7
     assert bool((m[~finite & (x < 0)].abs() < 1e-7).all())
@@ -357,8 +337,7 @@ def test_silu_from_end_to_end() -> None:
 
 
 def test_rounding_to_bfloat16_is_that_of_torch() -> None:
-    generator = torch.Generator().manual_seed(0)
-    bits = torch.randint(-(2**31), 2**31, (200_000,), generator=generator).int()
+    bits = torch.randint(-(2**31), 2**31, (200_000,), generator=torch.Generator().manual_seed(0)).int()
     ties = (torch.arange(0, 2**16, dtype=torch.int64) << 16 | 0x8000).int()
     x = torch.cat([bits, ties]).view(torch.float32)
     x = torch.cat([x[x.abs() < 1e38], torch.tensor([torch.inf, -torch.inf, torch.nan, 0.0, -0.0])])
