@@ -170,8 +170,8 @@ def _join(parts: Sequence[Path], path: Path) -> None:
     ids, counts = np.unique(arrays["ids"], return_counts=True)
     if counts.max() > 1:
         logging.warning(
-            "%s: %d of %d ids belong to several systems, %s to %d: sid (and fid) of the records do not tell them apart; "
-            "the order is that of the data set",
+            "%s: %d of %d ids belong to several systems, %s to %d: sid (and fid) of the records do not tell them "
+            "apart; the order is that of the data set",
             *(path.name, (counts > 1).sum(), len(ids), ids[counts.argmax()], counts.max()),
         )
     if "free" in arrays:

@@ -67,8 +67,8 @@ def _check_edges(config: Config, split: str, dataset: Dataset, mode: str) -> Non
             f"model.cutoff ({dataset.config['cutoff']}) and model.max_neighbors ({dataset.config['max_neighbors']})"
         )
         message = (
-            f"dataset, split {split}: stored edges are not those within {limits} in {len(found)} of {looked_at} systems "
-            f"looked at ({found[0]}); dataset.edges: recompute builds them anew"
+            f"dataset, split {split}: stored edges are not those within {limits} in {len(found)} of {looked_at} "
+            f"systems looked at ({found[0]}); dataset.edges: recompute builds them anew"
         )
         if len(found) >= _MANY * looked_at and mode != "check":
             raise ValueError(message)

@@ -13,8 +13,11 @@ import torch
 import processes
 import small_data
 from faenet_ocp.checkpoint import load_checkpoint, step_checkpoints
+from faenet_ocp.config.schema import SourceConfig, build_config
+from faenet_ocp.config.yaml import load_yaml
 from faenet_ocp.data.oc20 import OC20LmdbDataset
 from faenet_ocp.launch.cli import main
+from faenet_ocp.training.samples import check_samples
 
 NUM_TRAIN = 12
 
@@ -83,6 +86,35 @@ def test_a_bad_record_ends_training_with_its_name(good: Path, tmp_path: Path, wo
     log = processes.main_on_ranks(arguments, tmp_path / "log", ranks=ranks, status=2)
     (error,) = [line for line in log.splitlines() if line.startswith("error: ")]
     assert error.endswith(f"{root / 'train.lmdb'}: record 3 (sid 3) has values in y that are not finite")
+
+
+def test_stored_edges_of_other_limits_end_a_run_before_it_begins(
+    good: Path, tmp_path: Path, capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Those of a few records are warned of; the default limits, OC20's files and edges made anew are no matter."""
+    records = [small_data.make_fields(index, task="s2ef") for index in range(NUM_TRAIN)]
+    small_data.write_lmdb(tmp_path / "train.lmdb", map(small_data.dump_record, records))
+    (tmp_path / "val.lmdb").write_bytes((good / "val.lmdb").read_bytes())
+    arguments = _arguments(tmp_path, tmp_path)
+    assert main([*arguments, "--model.cutoff=8", "--model.max_neighbors=40"]) == 2
+    error = capsys.readouterr().err
+    assert "dataset, split train: stored edges are not those within model.cutoff (8) and model.max_neighbors" in error
+    assert f"in 12 of 12 systems looked at ({tmp_path / 'train.lmdb'}: record 0 lacks " in error
+    assert "dataset.edges: recompute builds them anew" in error
+    assert not (tmp_path / "run").exists()
+
+    def samples(cutoff: float, edges: str = "stored") -> str:
+        caplog.clear()
+        limits = {"dataset": {"edges": edges}, "model": {"cutoff": cutoff, "max_neighbors": 40}}
+        config = build_config(load_yaml(processes.write_config(tmp_path / "own.yml", tmp_path, **limits)))
+        check_samples(config, {"train": SourceConfig(src="train.lmdb")}, mode="train")
+        return caplog.text
+
+    assert not samples(6.0) and not samples(8.0, "recompute")
+    records[5]["cell_offsets"] *= -1
+    (tmp_path / "train.lmdb").unlink()
+    small_data.write_lmdb(tmp_path / "train.lmdb", map(small_data.dump_record, records))
+    assert f"in 1 of 12 systems looked at ({tmp_path / 'train.lmdb'}: record 5 lacks " in samples(6.0)
 
 
 def test_a_missing_record_and_an_empty_split_are_named(
