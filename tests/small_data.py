@@ -156,6 +156,14 @@ def write_items(path: Path, items: Mapping[bytes, bytes]) -> Path:
     return path
 
 
+def read_records(path: Path) -> list[Data]:
+    """All records of a file, as fairchem 1.x reads it: keys 0 ... length - 1, plain unpickling."""
+    with lmdb.open(str(path), subdir=False, readonly=True, lock=False) as env, env.begin() as txn:
+        length = pickle.loads(txn.get(b"length"))
+        assert env.stat()["entries"] == length + 1
+        return [pickle.loads(txn.get(str(key).encode())) for key in range(length)]
+
+
 def write_is2re(root: Path, *, num_train: int = 12, num_val: int = 4) -> Path:
     """Write ``root/is2re/all/{train, val_*}/data.lmdb`` and return root.
 

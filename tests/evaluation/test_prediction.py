@@ -96,7 +96,7 @@ def test_files_hold_each_systems_energy_and_free_forces(checkpoint: Path, predic
 
 
 def test_two_ranks_write_the_same_file(checkpoint: Path, predictions: Path, tmp_path: Path) -> None:
-    processes.run(_arguments(checkpoint, tmp_path, "--num-gpus", "2"))
+    processes.main_on_ranks(_arguments(checkpoint, tmp_path), tmp_path / "log")
     _assert_same_predictions(predictions, _folder(tmp_path))
 
 

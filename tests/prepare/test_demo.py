@@ -1,15 +1,14 @@
 """The demo data: physics against ASE's own EMT, OC20's formats, honest splits."""
 
+import ast
 import itertools
 import json
-import pickle
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import ase
-import lmdb
 import numpy as np
 import pytest
 import torch
@@ -21,12 +20,15 @@ from ase.neighborlist import neighbor_list
 from ase.optimize import BFGS
 from torch_geometric.data import Data
 
-from demo_reading import SETTINGS, is2re, s2ef, s2ef_folder, table
 from faenet_ocp.data.oc20 import OC20LmdbDataset
 from faenet_ocp.prepare.demo import generate, systems
 from faenet_ocp.prepare.demo.emt import PairEMT
 from faenet_ocp.prepare.demo.generate import OOD_ADSORBATES, OOD_COMPOSITIONS, SPLITS, make_demo_data
 from faenet_ocp.prepare.demo.systems import ADSORBATES, COMPOSITIONS, FACETS, METALS, SlabSpec
+from prepare.demo_reading import SETTINGS, is2re, s2ef, s2ef_folder, table
+from small_data import read_records, stored_edges
+
+CU = SlabSpec("Cu", "111", 3, (2, 1), 0, (0.0, 0.0, 0.0))
 
 
 @pytest.fixture(scope="module")
@@ -123,35 +125,32 @@ def test_pair_emt_is_ases_emt() -> None:
     slab = systems.build_slab(SlabSpec("Cu3Pt", "211", 9, (1, 1), 0, (0.0, 0.0, 0.0)))
     atoms = systems.place(slab, "CHOH", rng)
     atoms.set_constraint()
-    atoms.calc = PairEMT()
 
-    def compare() -> None:
+    def compare(atoms: ase.Atoms) -> None:
         reference = atoms.copy()
         reference.calc = EMT()
+        atoms.calc = atoms.calc or PairEMT()
         assert atoms.get_potential_energy() == pytest.approx(reference.get_potential_energy(), abs=1e-9)
         assert atoms.get_forces() == pytest.approx(reference.get_forces(), abs=1e-9)
 
-    compare()
+    compare(atoms)
     atoms.positions += rng.normal(scale=0.3, size=atoms.positions.shape)
-    compare()
+    compare(atoms)
     atoms.set_cell(atoms.cell.array @ [[1.02, 0, 0], [0.01, 0.97, 0], [0, 0, 1]])
-    compare()
+    compare(atoms)
     atoms.pbc = (True, False, False)
-    compare()
+    compare(atoms)
     atoms.numbers[:5] = 47
-    compare()
-    atoms = systems.bulk("AlNi").copy()  # every atom has images of itself for neighbours
-    assert abs(EMT().get_stress(atoms)[:3].mean()) < 1e-3  # and the lattice is at its minimum
-    atoms.rattle(0.05, seed=1)
-    atoms.calc = PairEMT()
-    compare()
-    atoms = ase.Atoms("CuO", positions=[(0, 0, 0), (0, 0, 30)])  # no neighbours at all
-    atoms.calc = PairEMT()
-    compare()
+    compare(atoms)
+    crystal = systems.bulk("AlNi").copy()  # every atom has images of itself for neighbours
+    assert abs(EMT().get_stress(crystal)[:3].mean()) < 1e-3  # and the lattice is at its minimum
+    crystal.rattle(0.05, seed=1)
+    compare(crystal)
+    compare(ase.Atoms("CuO", positions=[(0, 0, 0), (0, 0, 30)]))  # no neighbours at all
 
 
 def test_springs_hold_what_emt_alone_would_break() -> None:
-    slab, _ = systems.relaxed_slab(SlabSpec("Cu", "111", 3, (2, 1), 0, (0.0, 0.0, 0.0)))
+    slab, _ = systems.relaxed_slab(CU)
     usable: dict[str, int] = defaultdict(int)
     for name, seed in itertools.product(("OH", "CH2", "NH2"), range(3)):
         initial = systems.place(slab, name, np.random.default_rng(seed))
@@ -163,13 +162,12 @@ def test_springs_hold_what_emt_alone_would_break() -> None:
 
 
 def test_unusable_systems_are_recognised() -> None:
-    slab, _ = systems.relaxed_slab(SlabSpec("Cu", "111", 3, (2, 1), 0, (0.0, 0.0, 0.0)))
+    slab, _ = systems.relaxed_slab(CU)
     initial = systems.place(slab, "OH", np.random.default_rng(0))
     relaxed = initial.copy()
     systems.relax(relaxed, systems.bond_springs("OH", len(slab)))
     assert systems.is_usable(initial, relaxed)
-    surface = int(np.flatnonzero(relaxed.get_tags() == 1)[0])
-    oxygen, hydrogen = len(slab), len(slab) + 1
+    surface, oxygen, hydrogen = int(np.flatnonzero(relaxed.get_tags() == 1)[0]), len(slab), len(slab) + 1
     for moved, by in (
         ([oxygen, hydrogen], (0, 0, 4)),  # desorbed
         ([hydrogen], (0, 0, 1)),  # bond broken
@@ -216,31 +214,22 @@ def test_an_unstable_slab_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
 # Formats
 
 
+def kinds(record: Data) -> dict[str, Any]:
+    return {
+        name: (value.dtype, value.dim()) if isinstance(value, torch.Tensor) else type(value)
+        for name, value in record.__dict__.get("_store", record.__dict__).items()
+        if value is not None
+    }
+
+
 def test_fields_are_those_of_oc20(root: Path, oc20_sample: Path) -> None:
     """Names, dtypes and dimensions of the official layout; it has PyG 1's empty fields besides."""
-
-    def kinds(fields: dict[str, Any]) -> dict[str, Any]:
-        return {
-            name: (value.dtype, value.dim()) if isinstance(value, torch.Tensor) else type(value)
-            for name, value in fields.items()
-            if value is not None
-        }
-
-    def first_of(path: str) -> dict[str, Any]:
-        with lmdb.open(str(oc20_sample / path), subdir=False, readonly=True, lock=False) as env, env.begin() as txn:
-            return pickle.loads(txn.get(b"0")).__dict__
-
     for split in SPLITS:
-        records = {
-            f"is2re/all/{split}/data.lmdb": is2re(root, split),
-            f"s2ef/2M/{split}/data.0000.lmdb" if split == "train" else "s2ef/all/val_id/data.0000.lmdb": s2ef(
-                root, split
-            ),
-        }
-        for path, ours in records.items():
-            expected = kinds(first_of(path))
-            for record in ours:
-                assert kinds(record.to_dict()) == expected
+        s2ef_file = "s2ef/2M/train/data.0000.lmdb" if split == "train" else "s2ef/all/val_id/data.0000.lmdb"
+        for path, ours in ((f"is2re/all/{split}/data.lmdb", is2re), (s2ef_file, s2ef)):
+            expected = kinds(read_records(oc20_sample / path)[0])
+            for record in ours(root, split):
+                assert kinds(record) == expected
                 assert record.cell.shape == (1, 3, 3)
                 assert record.pos.shape == record.force.shape == (record.natoms, 3)
 
@@ -259,25 +248,26 @@ def test_tags_fixed_atoms_and_order(root: Path) -> None:
 
 
 def test_edges_are_the_nearest_neighbours(root: Path) -> None:
-    cut = 0
+    """As many as OC20 stores, ordered by centre and distance; of equal distances any."""
+    most = 0
     for record in is2re(root, "val_id") + s2ef(root, "train")[:8]:
         source, target = record.edge_index
         vectors = record.pos[source] - record.pos[target] + record.cell_offsets @ record.cell[0]
         assert torch.allclose(vectors.norm(dim=1), record.distances, atol=1e-4)
-        centres, distances = neighbor_list("id", atoms_of(record, record.pos), 6.0)
-        for atom in range(record.natoms):
-            expected = np.sort(distances[centres == atom])
-            cut += len(expected) > 50
-            assert record.distances[target == atom].numpy() == pytest.approx(expected[:50], abs=1e-4)
+        (_, centres), _, distances = stored_edges(atoms_of(record, record.pos))
+        assert np.array_equal(target, centres)
+        most = max(most, int(target.bincount().max()))
+        assert record.distances.numpy() == pytest.approx(distances, abs=1e-4)
         edges = torch.cat([record.edge_index, record.cell_offsets.long().T])
         assert edges.unique(dim=1).shape == edges.shape
-    assert cut > 0
+    assert most == 50
 
 
 def test_metadata_ids_frames_and_our_data_set(root: Path) -> None:
-    rows = table(root)
+    rows, sizes = table(root), {}
     for split in SPLITS:
         records, frames = is2re(root, split), s2ef(root, split)
+        sizes[split] = {"num_systems": len(records), "num_frames": len(frames)}
         assert [record.sid for record in records] == [sid for sid, row in rows.items() if row["split"] == split]
         with np.load(root / "is2re" / "all" / split / "metadata.npz") as metadata:
             assert metadata["natoms"].tolist() == [record.natoms for record in records]
@@ -289,14 +279,11 @@ def test_metadata_ids_frames_and_our_data_set(root: Path) -> None:
         counts = [sum(sid == record.sid for sid, _ in ids) for record in records]
         assert counts == [int(rows[record.sid]["num_frames"]) for record in records]
         assert max(counts) == SETTINGS.frames_per_system
-        config = {"key_mapping": {"y_relaxed": "energy"}, "labels": ["energy"], "edges": "stored"}
+        config = {"key_mapping": {"y_relaxed": "energy"}, "labels": ["energy"], "edges": "stored", "cutoff": 6.0}
         source = str(root / "is2re" / "all" / split / "data.lmdb")
-        dataset = OC20LmdbDataset({"src": source, **config, "cutoff": 6.0, "max_neighbors": 40})
+        dataset = OC20LmdbDataset({"src": source, "max_neighbors": 40, **config})
         assert dataset[1].energy.item() == pytest.approx(records[1].y_relaxed, abs=1e-6)
-    sizes = json.loads((root / "summary.json").read_text())["splits"]
-    assert sizes == {
-        split: {"num_systems": len(is2re(root, split)), "num_frames": len(s2ef(root, split))} for split in SPLITS
-    }
+    assert json.loads((root / "summary.json").read_text())["splits"] == sizes
     assert len(rows) == 24 + 4 * 8
     assert len(list(s2ef_folder(root, "train").glob("*.lmdb"))) == 2
     assert sorted(path.name for path in root.iterdir()) == ["is2re", "s2ef", "summary.json", "systems.csv"]
@@ -315,7 +302,7 @@ def test_adsorbates_and_compositions_of_the_splits(root: Path) -> None:
         assert (row["adsorbate"] in OOD_ADSORBATES) == (ood_both or row["split"] == "val_ood_ads")
         assert (row["composition"] in OOD_COMPOSITIONS) == (ood_both or row["split"] == "val_ood_cat")
     turned = [float(row["rotation"]) != 0 for row in rows]
-    strained = [any(json.loads(row["strain"].replace("(", "[").replace(")", "]"))) for row in rows]
+    strained = [any(ast.literal_eval(row["strain"])) for row in rows]
     assert 0.2 < np.mean(turned) < 0.8 and 0.4 < np.mean(strained) < 1.0
     assert len({row["facet"] for row in rows}) == 4
 

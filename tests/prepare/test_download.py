@@ -5,24 +5,21 @@ import io
 import logging
 import re
 import runpy
-import signal
-import subprocess
 import sys
 import tarfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import processes
 from faenet_ocp.prepare import download as module
 from faenet_ocp.prepare.download import IS2RE, S2EF, Archive, download, fetch, find_archive, unpack
 
-ROOT = Path(__file__).resolve().parents[2]
-Script = Callable[[list[str]], None]
 CONTENT = np.random.default_rng(0).bytes(300_000)
 
 
@@ -71,8 +68,8 @@ class Handler(BaseHTTPRequestHandler):
         body = server.content[start:]
         if server.breaks:
             body = body[: server.breaks.pop(0)]
+        server.sent += len(body)  # before the client can have all of it
         self.wfile.write(body)
-        server.sent += len(body)
         if len(body) < size - start:
             self.wfile.flush()
             while server.stall.is_set():
@@ -130,13 +127,11 @@ def test_a_killed_process_leaves_what_a_later_call_goes_on_with(server: Server, 
         "import sys; from pathlib import Path; from faenet_ocp.prepare.download import fetch; "
         "fetch(sys.argv[1], Path(sys.argv[2]), md5=sys.argv[3])"
     )
-    command = [sys.executable, "-c", code, server.url, str(file), md5(server.content)]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while not (part.exists() and part.stat().st_size > 1_000_000) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    arguments = [server.url, str(file), md5(server.content)]
+    process = processes.start(arguments, program=[sys.executable, "-c", code], cwd=processes.ROOT)
+    processes.wait_for(lambda: part.exists() and part.stat().st_size > 1_000_000)
+    process.kill()
+    assert process.wait() < 0
     server.stall.clear()
     have = part.stat().st_size
     assert 1_000_000 < have < 3_600_000 and not file.exists()
@@ -238,23 +233,18 @@ def test_unpacks_into_the_usual_layout(tmp_path: Path) -> None:
     assert {path.name for path in root.iterdir()} == {"is2re", "s2ef", "s2ef_raw"}
 
 
-def test_unpacking_never_overwrites(tmp_path: Path) -> None:
-    file = write_tar(tmp_path / "a.tar", {"a/one/x": b"new", "a/two/x": b"new"})
-    (tmp_path / "one").mkdir()
-    (tmp_path / "one" / "x").write_bytes(b"old")
-    unpack(file, tmp_path, places={"a/one": "one", "a/two": "two"})
-    assert tree(tmp_path / "one") == {"x": b"old"} and tree(tmp_path / "two") == {"x": b"new"}
-
-
-def test_interrupted_unpacking_is_redone(tmp_path: Path) -> None:
-    file = write_tar(tmp_path / "a.tar", {f"a/{number}": b"whole" for number in range(10)})
-    left = tmp_path / ".unpacking-a.tar" / "a"
+def test_interrupted_unpacking_is_redone_and_never_overwrites(tmp_path: Path) -> None:
+    file = write_tar(tmp_path / "a.tar", {f"a/{folder}/{number}": b"new" for folder in "xy" for number in range(5)})
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "0").write_bytes(b"old")
+    left = tmp_path / ".unpacking-a.tar" / "a" / "y"
     left.mkdir(parents=True)
-    (left / "0").write_bytes(b"ha")
+    (left / "0").write_bytes(b"ne")
     (left / "stray").write_bytes(b"?")
-    unpack(file, tmp_path, places={"a": "a"})
-    assert tree(tmp_path / "a") == {str(number): b"whole" for number in range(10)}
-    assert {path.name for path in tmp_path.iterdir()} == {"a", "a.tar"}
+    unpack(file, tmp_path, places={"a/x": "x", "a/y": "y"})
+    assert tree(tmp_path / "x") == {"0": b"old"}
+    assert tree(tmp_path / "y") == {str(number): b"new" for number in range(5)}
+    assert {path.name for path in tmp_path.iterdir()} == {"x", "y", "a.tar"}
 
 
 @pytest.mark.parametrize(("name", "link"), [("a/../../evil", None), ("../evil", None), ("a/evil", "/etc")])
@@ -296,11 +286,6 @@ def test_published_archives() -> None:
             find_archive(task, split)
 
 
-@pytest.fixture
-def script() -> Script:
-    return runpy.run_path(str(ROOT / "scripts" / "download_oc20.py"))["main"]
-
-
 def make_archive(server: Server, folder: Path) -> Archive:
     name = "s2ef_train_2M"
     file = write_tar(folder / f"{name}.tar", {f"{name}/{name}/0.txt.xz": CONTENT})
@@ -325,9 +310,10 @@ def test_downloads_verifies_and_unpacks(server: Server, tmp_path: Path, keep: bo
 
 
 def test_command_line(
-    server: Server, tmp_path: Path, script: Script, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
+    script = runpy.run_path(str(processes.ROOT / "scripts" / "download_oc20.py"))["main"]
     monkeypatch.setitem(module.S2EF, "2M", make_archive(server, tmp_path))
     arguments = ["--task", "s2ef", "--split", "2M", "--data-path", str(tmp_path / "data")]
     server.statuses = [403]

@@ -2,7 +2,6 @@
 
 import fcntl
 import os
-import pickle
 import runpy
 import shutil
 import sys
@@ -12,7 +11,6 @@ from typing import Any
 
 import ase
 import ase.io
-import lmdb
 import numpy as np
 import pytest
 import torch
@@ -20,14 +18,16 @@ from ase.neighborlist import neighbor_list
 from torch_geometric.data import Data
 
 import processes
+from data_sets import edge_set
 from faenet_ocp.data.oc20 import OC20LmdbDataset
 from faenet_ocp.prepare import s2ef as module
 from faenet_ocp.prepare.extxyz import FormatError
 from faenet_ocp.prepare.s2ef import Options, prepare
+from neighbors_by_hand import cut_by_hand
 from s2ef_raw import COLUMNS, by_ase, read, write, write_raw
+from small_data import read_records
 
-ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "scripts" / "prepare_s2ef.py"
+SCRIPT = processes.ROOT / "scripts" / "prepare_s2ef.py"
 FIELDS = {"atomic_numbers", "pos", "cell", "natoms", "tags", "fixed", "sid", "fid"}
 
 
@@ -44,26 +44,23 @@ def own_raw(tmp_path: Path) -> Path:
 
 
 def load(folder: Path) -> list[Data]:
-    """All records, read as fairchem 1.x does: shards sorted by name, keys 0 ... length-1, plain unpickling."""
-    records = []
-    for path in sorted(folder.glob("*.lmdb")):
-        with lmdb.open(str(path), subdir=False, readonly=True, lock=False) as env, env.begin() as txn:
-            length = pickle.loads(txn.get(b"length"))
-            assert env.stat()["entries"] == length + 1
-            records += [pickle.loads(txn.get(str(key).encode())) for key in range(length)]
-    return records
+    """All records; shards sorted by name."""
+    return [record for path in sorted(folder.glob("*.lmdb")) for record in read_records(path)]
 
 
-def contents(folder: Path) -> dict[str, Any]:
+def metadata(folder: Path) -> dict[str, list[int]]:
+    with np.load(folder / "metadata.npz") as arrays:
+        return {name: array.tolist() for name, array in arrays.items()}
+
+
+def contents(folder: Path) -> tuple[Any, ...]:
     """Everything a reader can see of a prepared folder, for comparison."""
-    state: dict[str, Any] = {"names": sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))}
-    state["records"] = [
-        {key: value.tolist() if torch.is_tensor(value) else value for key, value in record.to_dict().items()}
-        for record in load(folder)
-    ]
-    with np.load(folder / "metadata.npz") as metadata:
-        state["metadata"] = {name: metadata[name].tolist() for name in metadata.files}
-    return state
+    names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    return names, [record.to_dict() for record in load(folder)], metadata(folder)
+
+
+def assert_same(folder: Path, other: Path | tuple[Any, ...]) -> None:
+    assert not processes.differences(contents(folder), contents(other) if isinstance(other, Path) else other)
 
 
 def assert_same_records(records: list[Data], expected: list[tuple[ase.Atoms, list[str]]], *, reference: bool) -> None:
@@ -98,8 +95,7 @@ def test_round_trip(raw: Path, tmp_path: Path, reference: bool) -> None:
     assert prepare(raw, out, options=Options(ref_energy=reference)) == 12
     expected = by_ase(raw, tmp_path)
     assert_same_records(load(out), expected, reference=reference)
-    with np.load(out / "metadata.npz") as metadata:
-        assert {name: metadata[name].tolist() for name in metadata.files} == {"natoms": [len(a) for a, _ in expected]}
+    assert metadata(out) == {"natoms": [len(atoms) for atoms, _ in expected]}
 
 
 def test_round_trip_of_the_sample(oc20_sample: Path, tmp_path: Path) -> None:
@@ -108,10 +104,14 @@ def test_round_trip_of_the_sample(oc20_sample: Path, tmp_path: Path) -> None:
     assert_same_records(load(tmp_path / "out"), by_ase(raw, tmp_path), reference=True)
 
 
-def test_read_by_our_data_set(raw: Path, tmp_path: Path) -> None:
+def test_stored_edges(raw: Path, tmp_path: Path) -> None:
+    """Against ASE's neighbour list: exactly the 50 nearest within 6 A and all that are as far as the last of them.
+
+    Our data set reads them, and builds the same.
+    """
     out = tmp_path / "out"
     prepare(raw, out, options=Options(get_edges=True))
-    config = {"src": str(out), "labels": ["energy", "forces"], "cutoff": 5.0, "max_neighbors": 20}
+    config = {"src": str(out), "labels": ["energy", "forces"], "cutoff": 6.0, "max_neighbors": 50}
     stored, built = (OC20LmdbDataset({**config, "edges": edges}) for edges in ("stored", "recompute"))
     records = load(out)
     assert stored.natoms().tolist() == [record.natoms for record in records]
@@ -120,37 +120,18 @@ def test_read_by_our_data_set(raw: Path, tmp_path: Path) -> None:
         assert (data.sid, data.fid.item()) == ([str(record.sid)], record.fid)
         assert torch.equal(data.pos, record.pos) and torch.equal(data.forces, record.forces)
         assert data.energy.item() == pytest.approx(record.energy, rel=1e-6)
-        assert edge_set(data) == edge_set(built[index])
-
-
-def edge_set(data: Any) -> set[tuple[int, ...]]:
-    return {
-        (*edge, *offset) for edge, offset in zip(data.edge_index.T.tolist(), data.cell_offsets.tolist(), strict=True)
-    }
-
-
-def test_stored_edges(raw: Path, tmp_path: Path) -> None:
-    """Against ASE's neighbour list: exactly the 50 nearest within 6 A and all that are as far as the last of them."""
-    out = tmp_path / "out"
-    prepare(raw, out, options=Options(get_edges=True))
-    records = load(out)
-    for record in records:
         atoms = ase.Atoms(record.atomic_numbers, record.pos.double(), cell=record.cell[0].double(), pbc=True)
         centre, neighbour, distance, shift = neighbor_list("ijdS", atoms, 6.0)
-        expected = set()
-        for atom in range(len(atoms)):
-            own = np.flatnonzero(centre == atom)
-            limit = np.sort(distance[own])[:50][-1] + 0.01
-            for edge in own[distance[own] <= limit]:
-                expected.add((int(neighbour[edge]), atom, *shift[edge].tolist()))
-        assert edge_set(record) == expected
+        kept = cut_by_hand(np.stack([neighbour, centre]), shift, distance, cutoff=6.0, max_neighbors=50)
+        expected = set(zip(neighbour[kept], centre[kept], *shift[kept].T, strict=True))
+        for found in (record, data, built[index]):
+            assert edge_set(found.edge_index, found.cell_offsets) == expected
         source, target = record.edge_index
         vectors = record.pos[source] - record.pos[target] + record.cell_offsets @ record.cell[0]
         assert torch.allclose(record.distances, vectors.norm(dim=1), atol=1e-5)
         assert record.edge_index.dtype == torch.int64
         assert record.distances.dtype == record.cell_offsets.dtype == torch.float32
-    with np.load(out / "metadata.npz") as metadata:
-        assert metadata["neighbors"].tolist() == [record.edge_index.shape[1] for record in records]
+    assert metadata(out)["neighbors"] == [record.edge_index.shape[1] for record in records]
 
 
 @pytest.mark.parametrize("labelled", [True, False])
@@ -194,12 +175,6 @@ def test_files_map_to_shards_in_natural_order(tmp_path: Path, monkeypatch: pytes
         assert found == [f"data.{number:04d}.lmdb" for number in range(shards)]
 
 
-def test_the_number_of_processes_does_not_matter(raw: Path, tmp_path: Path) -> None:
-    for workers in (1, 2):
-        prepare(raw, tmp_path / str(workers), options=Options(get_edges=True), num_workers=workers)
-    assert contents(tmp_path / "2") == contents(tmp_path / "1")
-
-
 def times(out: Path) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in out.iterdir() if path.is_file()}
 
@@ -233,7 +208,7 @@ def test_only_what_is_missing_or_damaged_is_written(raw: Path, tmp_path: Path, s
     (out / "metadata.npz").unlink()
     (out / ".data.0001.lmdb.0123.tmp").write_bytes(b"left by a killed process")
     prepare(raw, out, options=Options())
-    assert contents(out) == expected
+    assert_same(out, expected)
     assert not list(out.glob(".*.tmp"))
     assert {name for name, when in shard_times(out).items() if when != before[name]} == {"data.0001.lmdb"}
 
@@ -274,7 +249,7 @@ def test_other_settings_are_refused(own_raw: Path, tmp_path: Path) -> None:
         (own_raw / f"3.{kind}").write_text((own_raw / f"2.{kind}").read_text())
     with pytest.raises(ValueError, match="was begun with other input files"):
         prepare(own_raw, out, options=Options(), chunk=1)
-    assert contents(out) == before
+    assert_same(out, before)
 
 
 def test_folders_of_others_and_a_second_process_are_refused(raw: Path, tmp_path: Path) -> None:
@@ -309,10 +284,8 @@ def test_killed_and_restarted(tmp_path: Path) -> None:
         lambda: out.exists() and sorted(shard_times(out)) == expected and list(out.glob(".data.0002.*.tmp"))
     )
     process.kill()
-    process.wait()
-    os.write(our_end, log.encode())  # a process that survives could now finish its shard
+    process.communicate(timeout=60)  # returns when none of its processes is left, not even the one that waits
     os.close(our_end)
-    process.communicate(timeout=60)  # returns when no process is left that holds its end
     finished = shard_times(out)
     assert sorted(finished) == expected
     assert not (out / "metadata.npz").exists()
@@ -323,7 +296,7 @@ def test_killed_and_restarted(tmp_path: Path) -> None:
     prepare(raw, out, options=options, chunk=2)
     assert {name: shard_times(out)[name] for name in finished} == finished
     prepare(raw, tmp_path / "whole", options=options, chunk=2)
-    assert contents(out) == contents(tmp_path / "whole")
+    assert_same(out, tmp_path / "whole")
     assert not list(out.glob(".*.tmp"))
 
 
@@ -342,7 +315,7 @@ def test_faults_are_reported_from_all_processes_and_mended_by_a_restart(tmp_path
         (raw / f"{number}.txt").write_text(text)
     prepare(raw, out, options=Options())
     prepare(raw, tmp_path / "whole", options=Options())
-    assert contents(out) == contents(tmp_path / "whole")
+    assert_same(out, tmp_path / "whole")
 
 
 def test_incomplete_folders_are_refused(own_raw: Path, tmp_path: Path) -> None:
