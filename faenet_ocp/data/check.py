@@ -1,4 +1,4 @@
-"""Reads every record of data sets and lists what cannot be used (`--mode check`); edges and tags that cannot be meant."""
+"""Reads every record of data sets and lists what cannot be used (`--mode check`); edges and tags that are not meant."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
