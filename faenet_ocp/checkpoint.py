@@ -105,8 +105,8 @@ def _kind_of(content: bytes) -> str:
 
 def _published(state: Any) -> str:
     """A hint where a file seems to hold weights of the authors' code, bare or as a run of theirs saves them."""
-    inner = state.get("state_dict", state.get("model_state_dict", state)) if isinstance(state, dict) else {}
-    if not any(re.search(r"(^|\.)(embed_block|interaction_blocks)\.", str(name)) for name in inner):
+    inner = state.get("state_dict", state.get("model_state_dict", state)) if isinstance(state, dict) else None
+    if not any(re.search(r"(^|\.)(embed_block|interaction_blocks)\.", str(name)) for name in inner or ()):
         return ""
     return (
         "; it seems to hold weights of the published FAENet package, which "

@@ -1,5 +1,6 @@
 """Small runs in processes of their own, on data whose systems have different numbers of atoms."""
 
+import contextlib
 import json
 import logging
 import multiprocessing
@@ -22,7 +23,7 @@ import yaml
 from fairchem.core.common import distutils
 
 import small_data
-from faenet_ocp.launch import local_ranks
+from faenet_ocp.launch import cli, local_ranks
 from faenet_ocp.launch.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -169,6 +170,8 @@ def _forked(
             arguments = [*arguments, "--num-gpus", str(ranks)]
             local_ranks._launch_ranks = runner_wrapper
             sleep_as_long_as_fairchem()
+            if rank > 0:  # the folder belongs to the command, which here is the first rank
+                cli._owned = lambda folder: contextlib.nullcontext()  # type: ignore[assignment]
         if prepare is not None:
             prepare()
         status = main(arguments)

@@ -141,7 +141,7 @@ def _try_to_lock(file: IO[str], folder: Path) -> bool:
     return True
 
 
-def expand_path(path: str | Path) -> str:
+def expand_path(path: str | os.PathLike[str]) -> str:
     """A path with `~` and `$VARIABLES` as a shell would put them in; what is not set stays as it is."""
     return os.path.expandvars(os.path.expanduser(path))
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from fairchem.core.datasets.atomic_data import AtomicData
+from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
@@ -143,7 +144,7 @@ def _edge_sets(data: AtomicData, cutoff: float) -> tuple[set[tuple[int, ...]], s
 
 
 def suspicious_tags(batch: AtomicData) -> Iterator[str]:
-    """What nearly all systems with an adsorbate have, and cannot be meant, in words; height is z.
+    """What nearly all systems with an adsorbate have, and cannot be meant, in words.
 
     Args:
         batch: with sub-surface atoms; tags are OC20's: 0 below the surface, 1 surface, 2 adsorbate.
@@ -151,9 +152,8 @@ def suspicious_tags(batch: AtomicData) -> Iterator[str]:
     if not bool(batch.tags.any()):
         yield "all atoms have tag 0, or none: to the model, all are below the surface"
     looked_at, found = 0, {"low": 0, "held": 0, "upside down": 0}
-    for tags, fixed, z in zip(
-        *(part.split(batch.natoms.tolist()) for part in (batch.tags, batch.fixed, batch.pos[:, 2])), strict=True
-    ):
+    atoms = (batch.tags, batch.fixed, (batch.pos * _up(batch.cell)[batch.batch]).sum(dim=1))
+    for tags, fixed, z in zip(*(values.split(batch.natoms.tolist()) for values in atoms), strict=True):
         adsorbate, buried = tags == 2, tags == 0
         surface = tags == 1 if (tags == 1).any() else buried
         if adsorbate.any() and surface.any():
@@ -169,3 +169,10 @@ def suspicious_tags(batch: AtomicData) -> Iterator[str]:
     for name, count in found.items():
         if looked_at and count >= _NEARLY_ALL * looked_at:
             yield f"in {count} of {looked_at} systems {words[name]}"
+
+
+def _up(cell: Tensor) -> Tensor:
+    """The direction out of the surface, (B, 3): normal to the first two lattice vectors, towards the third, or z."""
+    normal = torch.linalg.cross(cell[:, 0], cell[:, 1])
+    normal = torch.where((normal * cell[:, 2]).sum(dim=1, keepdim=True) < 0, -normal, normal)
+    return torch.where((normal == 0).all(dim=1, keepdim=True), normal.new_tensor([0.0, 0.0, 1.0]), normal)

@@ -154,15 +154,13 @@ def _split_keys(records: Iterable[Mapping[str, Any]], metric: str) -> dict[str, 
 
 
 def _curves(records: Iterable[Mapping[str, Any]], keys: Mapping[str, str], scale: float = 1.0) -> dict[str, _Points]:
-    """Label to (steps, values), by step; values that are no finite numbers are left out."""
+    """Label to (steps, values), by step; the label says how many values are left out because they are not finite."""
     curves = {}
     for key, label in keys.items():
-        values = {
-            record["step"]: scale * record[key]
-            for record in records
-            if isinstance(record.get(key), int | float) and math.isfinite(record[key])
-        }
+        known = {r["step"]: scale * r[key] for r in records if isinstance(r.get(key), int | float)}
+        values = {step: value for step, value in known.items() if math.isfinite(value)}
         if values:
+            label += f" ({len(known) - len(values)} not finite)" if len(values) < len(known) else ""
             steps = sorted(values)
             curves[label] = (np.array(steps), np.array([values[step] for step in steps]))
     return curves
@@ -188,14 +186,14 @@ def _draw_learning_rate(ax: Axes, label: str, steps: np.ndarray, values: np.ndar
     ax.plot(steps, values, color=_GREY, label=f"{label} {values[-1]:.3g}")
 
 
-def _draw_loss(ax: Axes, _label: str, steps: np.ndarray, values: np.ndarray) -> None:
+def _draw_loss(ax: Axes, label: str, steps: np.ndarray, values: np.ndarray) -> None:
     """The records in pale, their running mean over 2 % of them on top."""
     window = max(1, len(values) // 50)
     if window > 1:
         ax.plot(steps, values, color="C0", alpha=0.3, linewidth=0.8, label="as logged")
-    label = f"mean of {window} records" if window > 1 else "as logged"
+    words = (f"mean of {window} records" if window > 1 else "as logged") + label.removeprefix("loss")
     mean = np.convolve(values, np.full(window, 1 / window), mode="valid")
-    ax.plot(steps[window - 1 :], mean, color="C0", linewidth=1.2, label=label)
+    ax.plot(steps[window - 1 :], mean, color="C0", linewidth=1.2, label=words)
 
 
 def _save(figure: Figure, path: Path) -> Path:

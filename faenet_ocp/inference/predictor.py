@@ -39,6 +39,7 @@ from faenet_ocp.evaluation.validation import predict
 from faenet_ocp.frames import METHODS, compute_frames
 from faenet_ocp.models.embedding import AtomEmbedding
 from faenet_ocp.tasks.references import fits_from_dict
+from faenet_ocp.tasks.tasks import unseen_elements
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +133,7 @@ class Predictor:
         self.transforms, self._removes_subsurface = Compose(transforms), "remove_subsurface" in transforms
         self.generator = torch.Generator().manual_seed(seed)
         self.keep_net_force = keep_net_force
-        self._training_set = next(iter(fits_from_dict(state.get("statistics")).values()), None)
+        self._unseen_elements = unseen_elements(self.tasks, fits_from_dict(state.get("statistics")))
         self._warned: set[str] = set()
 
     def __call__(self, structures: Iterable[Atoms]) -> list[Prediction]:
@@ -190,8 +191,12 @@ class Predictor:
             dtype=DTYPES[self.config.job.precision],
             dataset=self.config.dataset.name,
         )
-        if self._training_set is not None and bool(self._training_set.unseen(data.composition)):
-            self._warn_once(f"{atoms.get_chemical_formula()}: has elements that the training set did not have")
+        if bool((unseen := (data.composition[0] > 0) & self._unseen_elements).any()):
+            names = ", ".join(describe(number) for number in unseen.nonzero().flatten().tolist())
+            self._warn_once(
+                f"{atoms.get_chemical_formula()}: has elements that the training set did not have: {names}; they count "
+                "as 0 in fitted element references, and the model has not learned them"
+            )
         if not len(self.transforms):
             return data
         pos = data.pos

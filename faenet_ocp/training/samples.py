@@ -43,10 +43,10 @@ def check_samples(config: Config, sources: Mapping[str, SourceConfig], *, mode: 
                     *(split, reason, len(batch.natoms)),
                 )
         _check_edges(config, split, dataset, mode)
-        reason = _no_forces(config, batch, training=source is config.dataset.train)
-        if reason is None or mode == "predict":
+        missing = _no_forces(config, batch, training=source is config.dataset.train)
+        if missing is None or mode == "predict":
             continue
-        message = f"dataset, split {split}: no atom of {len(batch.natoms)} systems looked at {reason}"
+        message = f"dataset, split {split}: no atom of {len(batch.natoms)} systems looked at {missing}"
         if mode == "check" or len(batch.natoms) < len(dataset):  # type: ignore[arg-type]
             logging.warning(message)
         else:

@@ -208,7 +208,8 @@ class OCPTrainUnit(MLIPTrainEvalUnit):
         message = f"the gradient of step {step} is not finite (losses {evidence['losses']}); batch and weights: {path}"
         if self.num_skipped > self.max_skipped:
             raise FloatingPointError(
-                f"{message}. Lower optim.lr_initial, set optim.clip_grad_norm, or allow optim.skip_nonfinite steps"
+                f"{message}. Lower optim.lr_initial, set optim.clip_grad_norm, or allow optim.skip_nonfinite steps;"
+                " the same command then goes on from the newest checkpoint"
             )
         logging.warning("%s. Step left out (%d of %d allowed)", message, self.num_skipped, self.max_skipped)
 
@@ -292,10 +293,11 @@ class OCPTrainUnit(MLIPTrainEvalUnit):
             self.ema_model.load_state_dict(state["ema"])
         settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
-        for group, now in zip(self.optimizer.param_groups, settings, strict=True):
-            group.update(now)
-        steps = state["progress"]["num_steps_completed"]
-        self.scheduler = LambdaLR(self.optimizer, self.schedule, last_epoch=steps - 1)
+        steps, base = state["progress"]["num_steps_completed"], self.scheduler.base_lrs
+        rates = [rate * self.schedule(steps) for rate in base]
+        self.scheduler.load_state_dict(state["scheduler"] | {"base_lrs": base, "_last_lr": rates})
+        for group, now, rate in zip(self.optimizer.param_groups, settings, rates, strict=True):
+            group.update(now | {"lr": rate})
         epochs, in_epoch = divmod(steps, self.steps_per_epoch)  # an epoch that max_steps cut short goes on
         progress = {"num_epochs_completed": epochs, "num_steps_completed_in_epoch": in_epoch}
         self.train_progress.load_state_dict(progress | {"num_steps_completed": steps})

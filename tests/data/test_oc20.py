@@ -12,10 +12,11 @@ from fairchem.core.datasets.atomic_data import atomicdata_list_to_batch
 from fairchem.core.datasets.base_dataset import create_dataset
 
 import small_data
-from data_sets import TRANSFORMS, assert_same, bare_fields, dataset_of, open_dataset
+from data_sets import TRANSFORMS, assert_same, bare_fields, dataset_of, one_by_one, open_dataset
 from faenet_ocp.common.checks import RecordError
 from faenet_ocp.data import fields as fields_module
 from faenet_ocp.data import oc20
+from faenet_ocp.data.fields import exact_label
 from faenet_ocp.data.loader import make_loader
 from faenet_ocp.data.oc20 import NAMES, OC20LmdbDataset
 from small_data import make_fields
@@ -150,6 +151,21 @@ def test_labels_of_all_eras_and_declared_scalars(
     for label, name in expected.items():
         assert torch.equal(data[label], torch.as_tensor(values[name]).view(data[label].shape).float())
         assert data[label].shape == ((fields["natoms"], 3) if label == "forces" else (1,))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_labels_of_systems_are_as_exact_as_the_record(tmp_path: Path, dtype: str) -> None:
+    """Also behind fairchem's collater, which wants energies in the precision of positions, and behind transforms."""
+    energies = [-1234567.0123456789, -0.1]
+    records = [make_fields(i) | {"y_relaxed": energy, "gap": -energy} for i, energy in enumerate(energies)]
+    options = {"labels": ["energy", "gap"], "dtype": dtype, "key_mapping": {"y_relaxed": "energy"}}
+    dataset = dataset_of(tmp_path, *records, transforms={"remove_subsurface": {}}, **options)
+    for batch in (dataset.load_batch([0, 1]), one_by_one(dataset, [(0, 0), (0, 1)])):
+        assert batch.energy.dtype == batch.pos.dtype
+        for name, sign in (("energy", 1), ("gap", -1)):
+            label = sign * exact_label(batch, name)
+            np.testing.assert_allclose(label.numpy(), energies, rtol=1e-14)
+            assert label.dtype == torch.float64
 
 
 @pytest.mark.parametrize("context", ["fork", "spawn"])

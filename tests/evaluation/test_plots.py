@@ -115,6 +115,12 @@ def test_learning_curve_shows_what_was_logged(tmp_path, drawn):
     assert smooth[0] == pytest.approx(np.mean([20, 10, 20 / 3, 5]))
 
 
+def test_values_that_are_not_finite_are_counted(tmp_path, drawn):
+    records = [{"step": 1, "train/loss": 1.0, "val_id/energy_mae": 0.5}, {"step": 2, "train/loss": float("nan")}]
+    learning_curve(tmp_path, [*records, {"step": 3, "train/loss": float("inf"), "val_id/energy_mae": float("nan")}])
+    assert {"as logged (2 not finite)", "val_id (1 not finite)"} <= set(curves(drawn))
+
+
 def test_panels_without_records_are_left_out(tmp_path, drawn):
     learning_curve(tmp_path, [{"step": 1, "train/loss": 0.0, "train/lr": None}])
     assert panels(drawn) == ["training loss"]

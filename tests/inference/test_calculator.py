@@ -390,7 +390,7 @@ def test_elements_outside_the_training_set_are_said(s2ef: State, caplog: pytest.
         assert "training set" not in caplog.text
         predictor([molecule("N2", tags=2)])
         predictor([molecule("N2", tags=2)])
-    assert caplog.text.count("N2: has elements that the training set did not have") == 1
+    assert caplog.text.count("N2: has elements that the training set did not have: element 7 (N);") == 1
 
 
 def test_transforms_that_move_atoms_are_refused(s2ef: State) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import struct
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -137,9 +138,10 @@ def test_other_frames_in_evaluation(trained: Path, tmp_path: Path, no_plots: Non
     assert {metrics["frames_per_system"] for metrics in results["splits"].values()} == {frames}
 
 
-def test_predictions(trained: Path, tmp_path: Path) -> None:
+def test_predictions(trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     arguments = _with_weights(trained, "predict", tmp_path, "p")
     assert main(arguments) == 0
+    assert "dataset.test is not given: predicting the validation splits (val_id, val_ood_ads" in caplog.text
     files = {path.stem: path for path in (tmp_path / "p" / "results" / "predictions").iterdir()}
     assert files.keys() == _results(trained)["splits"].keys()
     with np.load(files["val_id"]) as content:
@@ -191,9 +193,36 @@ def test_more_settings_work(small_is2re: Path, tmp_path: Path, no_plots: None) -
 
 def test_wandb_offline(small_is2re: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_plots: None) -> None:
     monkeypatch.setenv("WANDB_SILENT", "true")
+    """Every line of metrics.jsonl is in W&B's own file: also of evaluations, which come after the step's own line."""
     logger = "--logger={name: wandb, project: test, mode: offline}"
-    folder = _run(small_is2re, tmp_path, "w", logger, "--optim.max_epochs=1")
-    assert list((folder / "logs" / "wandb").glob("offline-run-*"))
+    folder = _run(small_is2re, tmp_path, "w", logger, "--optim.max_epochs=2", "--optim.eval_every=2")
+    (path,) = (folder / "logs" / "wandb").glob("offline-run-*/*.wandb")
+    rows = [{name: v for name, v in row.items() if not name.startswith("_")} for row in _wandb_rows(path)]
+    lines = [json.loads(line) for line in (folder / "logs" / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == len(lines) == 6 + 4
+    assert sum("val_id/energy_mae" in row for row in rows) == 4
+    for row, line in zip(rows, lines, strict=True):
+        assert row == pytest.approx(line, rel=1e-5)
+
+
+def _wandb_rows(path: Path) -> list[dict[str, float]]:
+    """History in a file of W&B: a header of 7 bytes, then pieces of records as in LevelDB's logs, blocks of 32 kB."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    content, position, value, rows = path.read_bytes(), 7, b"", []
+    while position + 7 <= len(content):
+        if (left := 32768 - position % 32768) < 7:
+            position += left
+            continue
+        _, length, kind = struct.unpack_from("<IHB", content, position)
+        value += content[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # whole, or the last piece
+            items = Record.FromString(value).history.item
+            value = b""
+            if items:
+                rows.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items})
+    return rows
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,23 @@ def test_matches_numpy_least_squares(offset):
     np.testing.assert_allclose(fit.predict(composition).numpy(), expected, rtol=1e-8, atol=1e-9)
 
 
+@pytest.mark.parametrize("per_atom", [False, True])
+def test_no_statistics_but_the_mean_change_with_an_offset(per_atom):
+    """A million eV a system: sums of squares alone would know the deviations to 1e-2 eV."""
+    composition, energy = random_set()
+    law = -1e4 * torch.arange(1.0, 8.0).double()
+    offset = composition[:, ELEMENTS].double() @ law if per_atom else torch.full_like(energy, -1e6)
+    halves = [(composition[i::2], {"energy": energy[i::2]}) for i in range(2)]
+    large = [(composition[i::2], {"energy": (energy + offset)[i::2]}) for i in range(2)]
+    fit, other = (fit_labels(parts, ["energy"])["energy"] for parts in (halves, large))
+    solution, residual = by_numpy(composition, energy + offset)
+    np.testing.assert_allclose(other.element_references().numpy(), solution, rtol=1e-10, atol=1e-9)
+    assert other.residual_stdev == pytest.approx(residual.std(), rel=1e-7)
+    assert other.mean == pytest.approx(float((energy + offset).mean()), rel=1e-14)
+    kept = "residual_stdev" if per_atom else "stdev"
+    assert getattr(other, kept) == pytest.approx(getattr(fit, kept), rel=1e-7)
+
+
 def test_a_linear_law_is_recovered_and_a_rare_element_with_it():
     composition, _ = random_set(num_systems=3000)
     composition[17, 92] = 1  # one atom of it in the whole set

@@ -114,7 +114,7 @@ def test_folders_places_and_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     content = bytearray((tmp_path / "a.pt").read_bytes())
     content[len(content) // 2] ^= 1
     (tmp_path / "a.pt").write_bytes(content)
-    with pytest.raises(ValueError, match="a.pt: damaged"):
+    with pytest.raises(ValueError, match=r"a\.pt: damaged"):
         load_checkpoint(tmp_path / "a.pt")
     # What the message about a missing check sum says, helps.
     (tmp_path / "b.pt").write_bytes(_as_torch_saves({"format": FORMAT, "model": {}}))
