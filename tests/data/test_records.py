@@ -102,8 +102,8 @@ def test_results_cannot_be_written_to():
 
 @pytest.mark.parametrize(
     ("value", "count"),
-    [(0, 0), (10**7, 10**7), (np.int64(5), 5), (torch.tensor(4), 4)]
-    + [(value, None) for value in (-1, 2.5, "3", None, True, [1], torch.zeros(2))],
+    [(0, 0), (10**7, 10**7), (np.int64(5), 5), (torch.tensor(4), 4), ("3", 3)]
+    + [(value, None) for value in (-1, 2.5, "x3", None, True, [1], torch.zeros(2))],
 )
 def test_counts(value, count):
     if count is not None:
