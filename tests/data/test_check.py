@@ -142,6 +142,14 @@ def test_stored_edges_of_another_convention_or_geometry(
     assert counts == expected, found
 
 
+def test_records_that_cannot_be_used_are_not_compared(tmp_path: Path) -> None:
+    fields = make_fields(0)
+    bad = [{"edge_index": torch.full((2, 464), 13)}, {"cell": torch.ones(3, 3)}, {"pos": fields["pos"][:3]}]
+    dataset = dataset_of(tmp_path, *(fields | change for change in bad), fields | _other_sign(fields))
+    (found,) = compare_edges(dataset, 4)
+    assert "record 3 lacks" in found
+
+
 class Own(Dataset):
     """Of a user, with errors of its own; fails as a batch where no sample does."""
 
