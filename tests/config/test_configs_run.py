@@ -27,7 +27,10 @@ def test_a_step_at_real_size(path: Path, small_is2re: Path, small_s2ef: Path) ->
     config = build_config(merge(raw, {"dataset": data}))
     dataset = build.make_dataset(config, config.dataset.train, training=True)
     (batch,) = collate([dataset[0, index] for index in range(4)])
-    fits = fit_labels([(batch.composition, {"energy": batch.energy})], ["energy"]) if needs_fit(config) else {}
+    fits = {}
+    if needs_fit(config):
+        (all_systems,) = collate([dataset[0, index] for index in range(len(dataset))])
+        fits = fit_labels([(all_systems.composition, {"energy": all_systems.energy})], ["energy"])
     tasks = make_tasks(config, fits)
     model = build.make_model(config)
     before = [parameter.detach().clone() for parameter in model.parameters()]
