@@ -26,11 +26,8 @@ def test_a_step_at_real_size(path: Path, small_is2re: Path, small_s2ef: Path) ->
     data = {"root": str(small_is2re if is2re else small_s2ef), "train": {"src": source}}
     config = build_config(merge(raw, {"dataset": data}))
     dataset = build.make_dataset(config, config.dataset.train, training=True)
-    (batch,) = collate([dataset[0, index] for index in range(4)])
-    fits = {}
-    if needs_fit(config):
-        (all_systems,) = collate([dataset[0, index] for index in range(len(dataset))])
-        fits = fit_labels([(all_systems.composition, {"energy": all_systems.energy})], ["energy"])
+    (batch,), (whole,) = (collate([dataset[0, index] for index in range(size)]) for size in (4, 12))
+    fits = fit_labels([(whole.composition, {"energy": whole.energy})], ["energy"]) if needs_fit(config) else {}
     tasks = make_tasks(config, fits)
     model = build.make_model(config)
     before = [parameter.detach().clone() for parameter in model.parameters()]

@@ -97,7 +97,7 @@ def test_a_split_without_a_force_that_counts_is_refused(
     error = capsys.readouterr().err
     assert message in error and f"outputs.forces.{key}: false" in error
     assert not (tmp_path / "r").exists()
-    assert main([*arguments, "--mode", "check"]) == 0
+    assert main([*arguments, "--mode", "check", "--optim.num_workers=1"]) == 0
     assert message in caplog.text
     assert main([*arguments, f"--outputs.forces.{key}=false"]) == 0
 
