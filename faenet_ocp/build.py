@@ -5,18 +5,22 @@ they are for, so that a misspelt option is an error before any work starts.
 """
 
 import glob
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from fairchem.core.common.registry import registry
+from numpy.typing import NDArray
 from torch import nn
 from torch.utils.data import Dataset
 
 from faenet_ocp.common.checks import nearest, parameters
 from faenet_ocp.config.schema import Config, SourceConfig
-from faenet_ocp.data import packed as packed_dataset  # noqa: F401  # registers the data sets
+from faenet_ocp.data import ase_files, packed  # noqa: F401  # register the data sets
+from faenet_ocp.data.held_out import hold_out
 from faenet_ocp.kernels import accelerate
 from faenet_ocp.models import fairchem as faenet_models  # noqa: F401  # registers FAENet and its heads
 from faenet_ocp.models.frame_averaging import FrameAveragedModel
@@ -54,9 +58,36 @@ def _open(
     cache_dir: Path | None,
     edges: str | None = None,
 ) -> Dataset:
-    given = [source.src] if isinstance(source.src, str) else source.src
+    shares = {name: split.from_train for name, split in config.dataset.val.items() if split.from_train is not None}
+    if shares and (source.src is None or source is config.dataset.train):
+        part = next((place for place, name in enumerate(shares) if config.dataset.val[name] is source), len(shares))
+        folder = cache_dir or Path(config.job.run_dir) / ".cache"
+        whole = _open_files(config, config.dataset.train, transforms, labelled, folder, edges)
+        return whole.select(_held_out(config, whole, shares)[part])
+    return _open_files(config, source, transforms, labelled, cache_dir, edges)
+
+
+def _held_out(config: Config, dataset: Any, shares: Mapping[str, float]) -> list[NDArray[np.int64]]:
+    """The samples of each split that is a share of the training set, and those that are left."""
+    if not hasattr(dataset, "groups"):
+        raise ValueError(f"dataset.val: from_train: {config.dataset.format} does not say which samples belong together")
+    try:
+        return hold_out(dataset.groups(), list(shares.values()), config.job.seed)
+    except ValueError as error:
+        raise ValueError(f"dataset.val.{'/'.join(shares)}.{error}") from error
+
+
+def _open_files(
+    config: Config,
+    source: SourceConfig | None,
+    transforms: Mapping[str, Any],
+    labelled: bool,
+    cache_dir: Path | None,
+    edges: str | None,
+) -> Any:
+    given = [] if source is None or source.src is None else source.src
     settings = {
-        "src": [_below(config.dataset.root, path) for path in given],
+        "src": [_below(config.dataset.root, path) for path in ([given] if isinstance(given, str) else given)],
         "key_mapping": config.dataset.key_mapping or None,
         "transforms": transforms,
         "edges": edges or config.dataset.edges,
@@ -68,6 +99,12 @@ def _open(
         **{name: config.model.get(name, default) for name, default in _GRAPH.items()},
     }
     cls = _registered("dataset.format", config.dataset.format, registry.get_dataset_class, "dataset_name_mapping")
+    if cls.__module__.startswith("fairchem."):
+        raise ValueError(
+            f"dataset.format: {config.dataset.format!r} is a data set of fairchem's own, whose samples this trainer "
+            "cannot use; `ase` reads all files that ASE reads, and .aselmdb"
+        )
+    settings |= _tags(config, cls)
     try:
         return cls(settings)
     except FileNotFoundError as error:
@@ -75,6 +112,28 @@ def _open(
             raise
         where = f"dataset.root: {config.dataset.root!r} is a folder below the working folder, {Path.cwd()}"
         raise FileNotFoundError(f"{error}; {where}") from error
+
+
+def _tags(config: Config, cls: type) -> dict[str, str]:
+    """How a data set that can choose takes tags: as configured, else the file's if the model needs any."""
+    choice, needed = config.dataset.tags, needs_tags(config)
+    if "tags" not in getattr(cls, "_keys", ()):
+        if choice not in (None, "file"):
+            raise ValueError(f"dataset.tags: {choice!r} is for format ase; {config.dataset.format} has OC20's tags")
+        return {}
+    if choice == "none" and needed:
+        raise ValueError(f"dataset.tags: none, but {needed}; that needs tags: file or fixed")
+    return {"tags": choice or ("file" if needed else "none")}
+
+
+def needs_tags(config: Config) -> str:
+    """What of a configuration needs OC20's tags, in words; empty if nothing does."""
+    if config.dataset.transforms.get("remove_subsurface", False) is not False:
+        return "dataset.transforms has remove_subsurface"
+    options = inspect.signature(registry.get_model_class(config.model["name"])).parameters
+    embeds = options.get("tag_hidden_channels")
+    channels = config.model.get("tag_hidden_channels", None if embeds is None else embeds.default)
+    return f"the model embeds tags (tag_hidden_channels: {channels})" if embeds is not None and channels else ""
 
 
 def _below(root: str, path: str) -> str:

@@ -136,8 +136,8 @@ TARGETS: dict[str, Target] = {
 """By name. IS2RE labels are called y_relaxed, those of fairchem 1.x energy and forces, earlier ones y and force."""
 
 
-TASKS: dict[str, tuple[str, ...]] = {"is2re": ("energy",), "s2ef": ("energy", "forces")}
-"""What each task predicts, at least."""
+TASKS: dict[str, tuple[str, ...]] = {"is2re": ("energy",), "s2ef": ("energy", "forces"), "properties": ()}
+"""What each task predicts, at least; `properties` is what `outputs` names, and nothing else."""
 
 
 def resolve(name: str, *, level: str | None = None, unit: str | None = None) -> Target:

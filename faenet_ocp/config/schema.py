@@ -44,15 +44,27 @@ class FramesConfig(_Section):
 
 
 class SourceConfig(_Section):
-    """Where one split lies: a file, a folder of shards, a glob, or a list of these, below `dataset.root`."""
+    """Where one split lies: a file, a folder of shards, a glob, or a list of these, below `dataset.root`.
 
-    src: PathText | list[PathText]
+    A validation split can be `from_train` instead: this share of the training set's systems, chosen by `job.seed` and
+    held out from training.
+    """
+
+    src: PathText | list[PathText] | None = None
+    from_train: float | None = Field(default=None, gt=0, lt=1)
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> "SourceConfig":
+        if (self.src is None) == (self.from_train is None):
+            raise ValueError("give either src, where the data lie, or from_train, the share of the training set")
+        return self
 
 
 class DatasetConfig(_Section):
-    """`dataset:` the data, one entry for each split.
+    """`dataset:` the data, one entry for each split; `null` in place of an entry drops that of an included file.
 
-    A sample that cannot be read or used ends the run; `--mode check` lists all of them.
+    A sample that cannot be read or used ends the run; `--mode check` lists all of them. `tags` (format ase): what a
+    model that needs OC20's tags takes for them, see `data.tags`; by default the file's, or none if it needs none.
     """
 
     name: str = "OC20"
@@ -60,10 +72,27 @@ class DatasetConfig(_Section):
     format: str = "oc20_lmdb"
     key_mapping: dict[str, str] = {}
     edges: Literal["stored", "recompute"] = "stored"
+    tags: Literal["file", "fixed", "none"] | None = None
     transforms: dict[str, dict[str, Any] | Literal[False] | None] = {}
     train: SourceConfig | None = None
     val: dict[str, SourceConfig] = {}
     test: dict[str, SourceConfig] = {}
+
+    @field_validator("val", "test", mode="before")
+    @classmethod
+    def _without_dropped(cls, value: Any) -> Any:
+        return {name: split for name, split in value.items() if split is not None} if isinstance(value, dict) else value
+
+    @model_validator(mode="after")
+    def _shares_have_a_whole(self) -> "DatasetConfig":
+        shares = [name for name, split in self.val.items() if split.from_train is not None]
+        if shares and self.train is None:
+            raise ValueError(f"val.{shares[0]}.from_train: there is no dataset.train to take it from")
+        others = {"train": self.train} | {f"test.{name}": split for name, split in self.test.items()}
+        for name, split in others.items():
+            if split is not None and split.from_train is not None:
+                raise ValueError(f"{name}.from_train: only validation splits are taken from the training set")
+        return self
 
 
 class NormalizerConfig(_Section):
@@ -100,10 +129,13 @@ class LossConfig(_Section):
 
 
 class PrimaryMetricConfig(_Section):
-    """What `best` means: the checkpoint with the lowest (or, for within-threshold metrics, highest) value."""
+    """What `best` means: the checkpoint with the lowest (or, for within-threshold metrics, highest) value.
 
-    split: str = "val_id"
-    metric: str = "energy_mae"
+    Default: the first metric of the first target, on val_id or, where there is none, on the first split.
+    """
+
+    split: str | None = None
+    metric: str | None = None
 
 
 class EvaluationConfig(_Section):
@@ -121,7 +153,7 @@ class EvaluationConfig(_Section):
         """All metrics that are named, as in results (`energy: [mae]` is `energy_mae`)."""
         listed = [(target, name) for target, names in self.metrics.items() for name in names]
         full = [name if "within_threshold" in name else f"{target}_{name}" for target, name in listed]
-        return [self.primary_metric.metric, *full]
+        return [*([self.primary_metric.metric] if self.primary_metric.metric else []), *full]
 
 
 class OptimConfig(_Section):
@@ -222,14 +254,17 @@ class SlurmConfig(_Section):
 
 
 class Config(_Section):
-    """The whole configuration of a run; `model` is checked against the registered model's constructor."""
+    """The whole configuration of a run; `model` is checked against the registered model's constructor.
+
+    A task predicts its own properties (`targets.TASKS`) and what else `outputs` names; `null` there drops one.
+    """
 
     trainer: str
-    task: Literal["is2re", "s2ef"]
+    task: Literal["is2re", "s2ef", "properties"]
     dataset: DatasetConfig
     model: dict[str, Any]
     frames: FramesConfig = FramesConfig(method="none")
-    outputs: dict[str, OutputConfig] = {}
+    outputs: dict[str, OutputConfig | None] = {}
     loss_functions: list[dict[str, LossConfig]] = []
     evaluation_metrics: EvaluationConfig = EvaluationConfig()
     optim: OptimConfig
@@ -247,9 +282,14 @@ class Config(_Section):
         if not isinstance(self.model.get("name"), str):
             raise ValueError("model.name: missing; it names a registered model, e.g. faenet")
         task, properties = self.task, self.properties
+        if not properties:
+            raise ValueError(f"outputs: nothing to predict; task {task} needs a name here, e.g. energy: {{}}")
+        self._set_primary_metric()
         for name, output in self.outputs.items():
+            if output is None:
+                continue
             target = resolve(name, level=output.level, unit=output.unit)
-            if name not in TASKS[task] and target.level != "system":
+            if TASKS[task] and name not in TASKS[task] and target.level != "system":
                 raise ValueError(f"outputs.{name}: task {task} predicts only {', '.join(TASKS[task])}")
             if name != "forces" and output.eval_from != "prediction":
                 raise ValueError(f"outputs.{name}.eval_from: only forces can be taken from the energy's gradient")
@@ -258,8 +298,10 @@ class Config(_Section):
         for section, name in named:
             if name not in properties:
                 raise ValueError(f"{section}.{name}: task {task} predicts only {', '.join(properties)}")
-        if "gradient" in self.losses and "forces" not in properties:
-            raise ValueError("loss_functions.gradient: compares forces with -dE/dX, and the task predicts no forces")
+        if "gradient" in self.losses and not {"energy", "forces"} <= set(properties):
+            raise ValueError("loss_functions.gradient: compares forces with -dE/dX, and both have to be predicted")
+        if "forces" in properties and self.output("forces").eval_from != "prediction" and "energy" not in properties:
+            raise ValueError("outputs.forces.eval_from: energy_gradient: no energy is predicted")
         metrics = metrics_of(self.targets)
         for name in self.evaluation_metrics.names:
             if name not in metrics:
@@ -272,10 +314,21 @@ class Config(_Section):
             raise ValueError("job.amp: bfloat16 autocast and job.precision: float64 exclude each other")
         return self
 
+    def _set_primary_metric(self) -> None:
+        """Fills in the defaults, so that config.yml says what they are."""
+        primary, splits = self.evaluation_metrics.primary_metric, list(self.dataset.val)
+        split = primary.split or ("val_id" if "val_id" in splits or not splits else splits[0])
+        metric = primary.metric or self.targets[0].metrics[0].name
+        resolved = PrimaryMetricConfig(split=split, metric=metric)
+        object.__setattr__(
+            self, "evaluation_metrics", self.evaluation_metrics.model_copy(update={"primary_metric": resolved})
+        )
+
     @property
     def targets(self) -> tuple[Target, ...]:
         """What is predicted: that of the task, energies first, then what else `outputs` names."""
         names = dict.fromkeys([*TASKS[self.task], *self.outputs])
+        names = {name: None for name in names if self.outputs.get(name, OutputConfig()) is not None}
         return tuple(resolve(name, unit=self.output(name).unit) for name in names)
 
     @property
@@ -291,7 +344,7 @@ class Config(_Section):
 
     def output(self, name: str) -> OutputConfig:
         """Settings of one predicted property."""
-        return self.outputs.get(name, OutputConfig())
+        return self.outputs.get(name) or OutputConfig()
 
 
 def build_config(raw: Mapping[str, Any]) -> Config:

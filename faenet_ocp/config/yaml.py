@@ -14,12 +14,25 @@ from faenet_ocp.common.files import expand_path
 from faenet_ocp.config.schema import Config
 
 
+_EXCLUSIVE = {"src": "from_train", "from_train": "src"}
+_WHOLE = ("dataset.val", "dataset.test")
+
+
+class _Whole(dict[str, Any]):
+    """A mapping that takes the place of the one below it, instead of being merged with it."""
+
+
 def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """A mapping in which the values of `above` win; mappings in both are merged key by key."""
-    result = dict(below)
+    """A mapping in which the values of `above` win; mappings in both are merged key by key.
+
+    Where a split lies takes the place of its share of the training set, and the other way round.
+    """
+    result = type(below)(below) if isinstance(below, _Whole) else dict(below)
     for key, value in above.items():
         both = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
-        result[key] = merge(result[key], value) if both else value
+        result[key] = merge(result[key], value) if both and not isinstance(value, _Whole) else value
+        if key in _EXCLUSIVE and value is not None:
+            result.pop(_EXCLUSIVE[key], None)
     return result
 
 
@@ -90,7 +103,10 @@ def load_yaml(path: Path, _chain: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 
 def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
-    """`--section.key=value` (or `--section.key value`) to a nested mapping; values are read as YAML."""
+    """`--section.key=value` (or `--section.key value`) to a nested mapping; values are read as YAML.
+
+    `--dataset.val={...}` and `--dataset.test={...}` name all splits: those of the files are not used.
+    """
     result: dict[str, Any] = {}
     rest = list(arguments)
     while rest:
@@ -105,6 +121,8 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
                 raise ValueError(f"{argument}: a value is missing: {argument}=value")
             value = rest.pop(0)
         nested: Any = parse_value(value)
+        if name[2:] in _WHOLE and isinstance(nested, dict):
+            nested = _Whole(nested)
         for part in reversed(name[2:].split(".")):
             nested = {part: nested}
         result = merge(result, nested)

@@ -90,7 +90,7 @@ FIELDS: dict[str, Field] = {
 }
 """By name. A record without `pbc` is periodic if it has a cell, and a molecule if it has none or one of zeros."""
 
-_NO_LABELS = FIELDS.keys() - TARGETS.keys()
+NOT_LABELS = FIELDS.keys() - TARGETS.keys()
 
 
 def register_field(field: Field) -> None:
@@ -112,7 +112,7 @@ def declare_labels(names: Iterable[str]) -> None:
         ValueError: a name is that of a field that says what the system is.
     """
     for name in names:
-        if name in _NO_LABELS:
+        if name in NOT_LABELS:
             raise ValueError(f"labels: {name!r} is a field of every sample and no label")
         for field in _labels(name):
             FIELDS.setdefault(field.name, field)

@@ -87,10 +87,15 @@ class LmdbFile:
     entries-1 if the first and the last of these exist. Only if they do not are the keys (not the values) listed: those
     that are numbers, all or none of them filled up with zeros to one width, are records.
 
+    Attributes:
+        item: what one of them is called in messages.
+
     Raises:
         ValueError: the file is no LMDB file, is cut short, holds fewer records than its ``length`` says, or its keys
             are no numbers.
     """
+
+    item = "record"
 
     def __init__(self, path: Path):
         self.path = path

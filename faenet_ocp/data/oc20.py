@@ -11,7 +11,7 @@ import itertools
 import logging
 import zipfile
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -82,18 +82,20 @@ class OC20LmdbDataset(BaseDataset[AtomicData]):
     """
 
     _file: type[LmdbFile] = LmdbFile
+    _keys: tuple[str, ...] = _OWN_KEYS
 
     def __init__(self, config: Mapping[str, Any]):
         config = dict(config)
-        _check_config(config)
+        _check_config(config, self._keys)
         super().__init__({key: value for key, value in config.items() if key != "src"})
         self.config = config
-        self.files = [self._file(path) for path in resolve_files(config["src"])]
+        self.files = self._open_files()
         self.paths = [file.path for file in self.files]
         self._ends = np.cumsum([len(file) for file in self.files]).tolist()
+        self._chosen: NDArray[np.int64] | None = None
         self.num_samples = self._ends[-1]
         if self.num_samples == 0:
-            raise ValueError(f"no records in {', '.join(map(str, self.paths))}")
+            raise ValueError(f"no {self._file.item}s in {', '.join(map(str, self.paths))}")
         self._reading = Reading(
             labels=_label_sources(config.get("labels"), config.get("key_mapping") or {}),
             edges=config.get("edges", "stored"),
@@ -105,6 +107,9 @@ class OC20LmdbDataset(BaseDataset[AtomicData]):
         self.transforms = Compose(config.get("transforms") or {})
         self.seed = config.get("seed", 0)
         self.name = config.get("dataset_name", "oc20")
+
+    def _open_files(self) -> list[LmdbFile]:
+        return [self._file(path) for path in resolve_files(self.config["src"])]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state
@@ -136,7 +141,8 @@ class OC20LmdbDataset(BaseDataset[AtomicData]):
         places = [self.locate(int(index)) for _, index in pairs]
         values = [file.read(position) for file, position in places]
         file, position = places[0]
-        name = f"{file.path}: record {file.numbers[position]}" if len(keys) == 1 else f"one of {len(keys)} records"
+        item, number = file.item, file.numbers[position]
+        name = f"{file.path}: {item} {number}" if len(keys) == 1 else f"one of {len(keys)} {item}s"
         try:
             records = [self._decode(value) for value in values]
             sids = [_identifier(fields, str(index)) for fields, (_, index) in zip(records, pairs, strict=True)]
@@ -161,6 +167,8 @@ class OC20LmdbDataset(BaseDataset[AtomicData]):
         """The file of a sample and its position there."""
         if not 0 <= index < self.num_samples:
             raise IndexError(f"sample {index} of {self.num_samples}")
+        if self._chosen is not None:
+            index = int(self._chosen[index])
         number = bisect_right(self._ends, index)
         return self.files[number], index - (self._ends[number - 1] if number else 0)
 
@@ -172,6 +180,13 @@ class OC20LmdbDataset(BaseDataset[AtomicData]):
         """The same samples without transforms, with edges as the key `edges` says."""
         other = copy.copy(self)
         other._reading, other.transforms = self._reading._replace(edges=edges), Compose({})
+        return other
+
+    def select(self, indices: NDArray[np.int64]) -> Self:
+        """The data set of these samples, in this order."""
+        other = copy.copy(self)
+        other._chosen = indices if self._chosen is None else self._chosen[indices]
+        other.num_samples = len(indices)
         return other
 
     def fingerprint(self) -> dict[str, Any]:
@@ -200,16 +215,12 @@ class OC20LmdbDataset(BaseDataset[AtomicData]):
             "files": hashlib.sha256("\n".join(files).encode()).hexdigest()[:16],
         }
 
-    # Sizes
+    # Facts of all samples
 
     @cached_property
     def _metadata(self) -> dict[str, NDArray[Any]]:
-        """What is known of all samples without reading them: from metadata.npz, else sizes collected earlier."""
-        metadata = _read_metadata(self.files)
-        cache = self._size_cache
-        if not metadata and cache is not None and cache.is_file():
-            metadata = {"natoms": np.load(cache, allow_pickle=False)}
-        return metadata
+        """What is known of all samples without reading them, from metadata.npz."""
+        return _read_metadata(self.files)
 
     def natoms(self) -> NDArray[np.int64]:
         """Return the number of atoms of each sample before transforms (len(self),).
@@ -221,36 +232,49 @@ class OC20LmdbDataset(BaseDataset[AtomicData]):
             RecordError: a record cannot be read.
         """
         if "natoms" not in self._metadata:
-            self._metadata["natoms"] = self._collect_natoms()
-        return self._metadata["natoms"]
+            found = self._of_all("natoms", lambda fields, _: str(len(array_of(fields, "pos", (None, 3)))))
+            self._metadata["natoms"] = found.astype(np.int64)
+        natoms = self._metadata["natoms"]
+        return natoms if self._chosen is None else natoms[self._chosen]
 
-    def _collect_natoms(self) -> NDArray[np.int64]:
-        natoms = np.empty(self.num_samples, dtype=np.int64)
-        for index in tqdm(range(self.num_samples), desc="sizes of the systems", unit="system", mininterval=1.0):
-            file, position = self.locate(index)
-            try:
-                natoms[index] = len(array_of(self._decode(file.read(position)), "pos", (None, 3)))
-            except RecordError as error:
-                raise RecordError(f"{file.path}: record {file.numbers[position]} {error}") from error
-        if self._size_cache is not None:
+    def groups(self) -> NDArray[np.int64]:
+        """Return which samples belong together, (len(self),): a number for each sid.
+
+        All records are read once, with a progress bar, and the result is kept in `cache_dir`.
+
+        Raises:
+            RecordError: a record cannot be read.
+        """
+        groups = np.unique(self._of_all("sid", _identifier), return_inverse=True)[1].astype(np.int64)
+        return groups if self._chosen is None else groups[self._chosen]
+
+    def _of_all(self, name: str, value_of: Callable[[Fields, str], str]) -> NDArray[np.str_]:
+        """A text of each record, from `cache_dir` if it is there for these very files, else of all that are read."""
+        folder, states = self.config.get("cache_dir"), "\n".join(file.state() for file in self.files)
+        key = hashlib.sha256(states.encode()).hexdigest()[:16]
+        cache = None if folder is None else Path(folder) / f"{name}-{key}.npy"
+        if cache is not None and cache.is_file():
+            return np.load(cache, allow_pickle=False)
+        found, bar = [], tqdm(total=self._ends[-1], desc=f"{name} of all systems", unit="system", delay=2.0)
+        for file in self.files:
+            for position in range(len(file)):
+                try:
+                    found.append(value_of(self._decode(file.read(position)), str(len(found))))
+                except RecordError as error:
+                    raise RecordError(f"{file.path}: {file.item} {file.numbers[position]} {error}") from error
+                bar.update()
+        bar.close()
+        values = np.array(found)
+        if cache is not None:
             content = io.BytesIO()
-            np.save(content, natoms)
-            self._size_cache.parent.mkdir(parents=True, exist_ok=True)
-            write_bytes(self._size_cache, content.getvalue())
-        return natoms
-
-    @property
-    def _size_cache(self) -> Path | None:
-        """File for collected sizes; another name once a data file has changed."""
-        folder = self.config.get("cache_dir")
-        if folder is None:
-            return None
-        states = "\n".join(file.state() for file in self.files)
-        return Path(folder) / f"natoms-{hashlib.sha256(states.encode()).hexdigest()[:16]}.npy"
+            np.save(content, values)
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            write_bytes(cache, content.getvalue())
+        return values
 
 
-def _check_config(config: Mapping[str, Any]) -> None:
-    allowed = (*_OWN_KEYS, "dataset_name", "cache_dir", *_HOST_KEYS)
+def _check_config(config: Mapping[str, Any], keys: Sequence[str]) -> None:
+    allowed = (*keys, "dataset_name", "cache_dir", *_HOST_KEYS)
     for key in config:
         if key not in allowed:
             raise ValueError(f"dataset: unknown key {key!r}{nearest(str(key), allowed)}")
