@@ -4,8 +4,8 @@
         --output relaxed/val_id
 
 The input is an OC20 LMDB (file or folder), or files that ASE reads (also a folder of POSCARs, a glob), with OC20's
-tags and with fixed atoms in a constraint. The output folder gets `relaxed.extxyz`, in the order of the input, and
-`metrics.json`; the same command goes on where it was interrupted. Where the relaxed structures are known (`y_relaxed`,
+tags (or see --tags and --adsorbate) and with fixed atoms in a constraint. The output folder gets `relaxed.extxyz`, in
+the order of the input, and `metrics.json`; the same command goes on where it was interrupted. Where the relaxed structures are known (`y_relaxed`,
 `pos_relaxed`, as in OC20's IS2RE training and validation files) the metrics say how close the relaxed energies and
 positions come to them. With `--max-steps 0` the results are energies and forces of the structures as they are.
 
@@ -41,6 +41,12 @@ def main(argv: list[str] | None = None) -> None:
         help="default: what the checkpoint is evaluated with, canonical instead of stochastic",
     )
     add("--forces", choices=("prediction", "energy_gradient"), help="default: what the checkpoint is evaluated with")
+    add(
+        "--tags",
+        choices=("file", "fixed", "none"),
+        help="OC20's tags: of the structures, 0 for fixed atoms and 1 for others, or none; default: as the model needs",
+    )
+    add("--adsorbate", nargs="+", help="atoms that get tag 2: indices, or `metal` for all that a metal slab has not")
     add("--precision", choices=("float32", "float64"), help="default: the checkpoint's")
     add("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     add("--keep-net-force", action="store_true", help="do not take the mean force out where no fixed atom is seen")
@@ -69,8 +75,9 @@ def _relax(args: argparse.Namespace) -> tuple[dict[str, Any], Path]:
     from faenet_ocp.inference.structures import open_structures
 
     checkpoint, output = checkpoint_file(args.checkpoint), Path(expand_path(args.output))
-    options = {name: getattr(args, name) for name in ("device", "frames", "forces", "precision", "keep_net_force")}
-    predictor = Predictor(checkpoint, **options)
+    names = ("device", "frames", "forces", "precision", "tags", "keep_net_force")
+    adsorbate = _adsorbate(args.adsorbate)
+    predictor = Predictor(checkpoint, adsorbate=adsorbate, **{name: getattr(args, name) for name in names})
     metrics = run(
         open_structures(args.input),
         predictor,
@@ -81,6 +88,7 @@ def _relax(args: argparse.Namespace) -> tuple[dict[str, Any], Path]:
             "forces": "energy_gradient" if predictor.conservative else "prediction",
             "precision": predictor.config.job.precision,
             "keep_net_force": args.keep_net_force,
+            **({"tags": predictor.tags, "adsorbate": adsorbate} if args.tags or args.adsorbate else {}),
             **{name: getattr(args, name) for name in ("fmax", "max_steps", "max_step")},
         },
         batch_size=args.batch_size,
@@ -88,6 +96,15 @@ def _relax(args: argparse.Namespace) -> tuple[dict[str, Any], Path]:
         strict=args.strict,
     )
     return metrics, output / METRICS
+
+
+def _adsorbate(given: list[str] | None) -> str | list[int] | None:
+    if given is None or given == ["metal"]:
+        return given[0] if given else None
+    try:
+        return [int(index) for index in given]
+    except ValueError:
+        raise ValueError(f"--adsorbate: expected indices of atoms or `metal`, got {' '.join(given)}") from None
 
 
 if __name__ == "__main__":

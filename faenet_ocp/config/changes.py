@@ -19,7 +19,7 @@ MAY_CHANGE = {
     "num_workers worker_context on_write_error",
     "evaluation_metrics": "metrics.*",
     "logger": "name project entity mode",
-    "job": "run_dir identifier num_gpus num_nodes cpu amp debug print_every",
+    "job": "run_dir identifier num_gpus num_nodes cpu amp debug print_every output_format",
     "slurm": "partition account qos time mem_gb cpus_per_task additional_parameters.* max_timeouts rendezvous",
 }
 MAY_NOT_CHANGE = {

@@ -217,6 +217,7 @@ class JobConfig(_Section):
     precision: Literal["float32", "float64"] = "float32"
     debug: bool = False
     print_every: int = Field(default=10, ge=1)
+    output_format: Literal["npz", "extxyz"] = "npz"
 
     @field_validator("identifier")
     @classmethod

@@ -13,7 +13,6 @@ import yaml
 from faenet_ocp.common.files import expand_path
 from faenet_ocp.config.schema import Config
 
-
 _EXCLUSIVE = {"src": "from_train", "from_train": "src"}
 _WHOLE = ("dataset.val", "dataset.test")
 

@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ def find_files(source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
     """
     items = [source] if isinstance(source, str | os.PathLike) else source
     paths = [path for item in items for path in matches(item)]
-    files = [file for path in paths for file in (_visible_files(path) if path.is_dir() else [path])]
+    files = [file for path in paths for file in (visible_files(path) if path.is_dir() else [path])]
     doubled = [file for place, file in enumerate(files) if file in files[:place]] if len(files) < 1000 else []
     if doubled:
         raise ValueError(f"src means {doubled[0]} twice")
@@ -80,7 +80,12 @@ def matches(item: str | os.PathLike[str]) -> list[Path]:
     return [there / name for name in sorted(found, key=natural_order)]
 
 
-def _visible_files(folder: Path) -> list[Path]:
+def visible_files(folder: Path) -> list[Path]:
+    """The files in a folder that are not hidden, in natural order.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
     found = [path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")]
     if not found:
         raise FileNotFoundError(f"there is no file in the folder {folder}")
@@ -208,7 +213,7 @@ def _every(path: Path) -> Iterator[Atoms]:
             with opened(path, "rb") as file:
                 content = file.read()
             offsets = list(_starts(io.BytesIO(content), path, len(content)))
-        for number, (begin, end) in enumerate(zip(offsets, offsets[1:], strict=False)):
+        for number, (begin, end) in enumerate(pairwise(offsets)):
             with _reading(path, number):
                 atoms = read_extxyz(content[begin:end].decode())
             yield atoms

@@ -85,8 +85,10 @@ def record_of(atoms: Atoms) -> dict[str, Any]:
     for source in (results, atoms.info, atoms.arrays):
         for name, value in source.items():
             number = _number(value)
-            if number is None or name in ("numbers", "positions", "tags") or (
-                name in NOT_LABELS and name not in ("sid", "fid")
+            if (
+                number is None
+                or name in ("numbers", "positions", "tags")
+                or (name in NOT_LABELS and name not in ("sid", "fid"))
             ):
                 if name == "sid" and isinstance(value, str):
                     record[name] = value
@@ -95,6 +97,21 @@ def record_of(atoms: Atoms) -> dict[str, Any]:
                 raise RecordError(f"has two different values for {name!r}, from its calculator and beside it")
             record[name] = number
     return record
+
+
+def data_to_atoms(data: AtomicData) -> Atoms:
+    """A sample as a structure, its fixed atoms in a FixAtoms constraint, its sid in `info`."""
+    atoms = Atoms(
+        numbers=data.atomic_numbers.numpy(),
+        positions=data.pos.double().numpy(),
+        cell=data.cell[0].double().numpy(),
+        pbc=data.pbc[0].numpy(),
+        tags=data.tags.numpy(),
+        info={"sid": data.sid[0]},
+    )
+    if bool(data.fixed.any()):
+        atoms.set_constraint(FixAtoms(mask=data.fixed.bool().numpy()))
+    return atoms
 
 
 def _number(value: Any) -> Any:
@@ -123,4 +140,6 @@ def fixed_atoms(atoms: Atoms) -> NDArray[np.bool_]:
 
 @cache
 def _warn_of(constraint: str) -> None:
-    logger.warning("atoms under the constraint %s count as free: only FixAtoms and its like make fixed ones", constraint)
+    logger.warning(
+        "atoms under the constraint %s count as free: only FixAtoms and its like make fixed ones", constraint
+    )

@@ -1,7 +1,7 @@
 """OC20's tags (0 below the surface, 1 surface, 2 adsorbate) for structures that come from elsewhere.
 
-Programs give atoms other tags (ASE's builders count layers), the same tag (1 for all), or none. A model that was trained
-with OC20's would take them for what they are not.
+Programs give atoms other tags (ASE's builders count layers), the same tag (1 for all), or none. A model that was
+trained with OC20's would take them for what they are not.
 """
 
 from collections.abc import Callable, Sequence
@@ -75,6 +75,8 @@ def adsorbate_of(atoms: Any, which: Adsorbate, fixed: NDArray[np.bool_]) -> NDAr
         return np.flatnonzero(~fixed & np.isin(atoms.numbers, _NON_METALS))
     found = np.asarray(which(atoms) if callable(which) else which)
     found = np.flatnonzero(found) if found.dtype == bool and found.shape == (len(atoms),) else found
-    if found.ndim != 1 or (found.size and (found.dtype.kind not in "iu" or found.min() < 0 or found.max() >= len(atoms))):
+    if found.ndim != 1 or (
+        found.size and (found.dtype.kind not in "iu" or found.min() < 0 or found.max() >= len(atoms))
+    ):
         raise ValueError(f"adsorbate: expected indices of the {len(atoms)} atoms, got {found!r}")
     return found.astype(np.int64)

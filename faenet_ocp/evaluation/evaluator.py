@@ -18,8 +18,10 @@ from faenet_ocp.checkpoint import load_weights
 from faenet_ocp.common.files import write_json, write_text
 from faenet_ocp.config.schema import Config, SourceConfig
 from faenet_ocp.data.loader import EvalBatchSampler, make_loader
+from faenet_ocp.evaluation.by_atoms import not_learnt
 from faenet_ocp.evaluation.metrics import UnseenElements
 from faenet_ocp.evaluation.plots import plot_learning_curve, plot_parity
+from faenet_ocp.evaluation.predicted_structures import write_extxyz
 from faenet_ocp.evaluation.prediction import predict_split
 from faenet_ocp.evaluation.report import render_table
 from faenet_ocp.evaluation.results import RunInfo, build_results, dataset_label, unseen_in_words
@@ -89,6 +91,8 @@ class Evaluator:
             loader = self._loader(dataset, EvalBatchSampler(indices, self.batch_size, rank=rank, world_size=world))
             outcomes[split] = run_split(model, tasks, loader, split=split, fits=fits, **self._forward)
             self._warn_of_unseen(split, outcomes[split].unseen)
+            if max_systems is None:
+                self._warn_of_holes(split, outcomes[split], tasks)
         return outcomes
 
     def _warn_of_unseen(self, split: str, counts: Mapping[str, int]) -> None:
@@ -97,6 +101,12 @@ class Evaluator:
         if message and message not in self._warned and distutils.is_master():
             logging.warning(message)
         self._warned.add(message)
+
+    def _warn_of_holes(self, split: str, outcome: SplitOutcome, tasks: Sequence[TargetTask]) -> None:
+        for task in tasks:
+            for reason in not_learnt(task.target, outcome.by_atoms.get(task.name, {})):
+                if distutils.is_master():
+                    logging.warning("%s: %s", split, reason)
 
     def validate(self, state: Mapping[str, Any], checkpoint: str) -> None:
         """Evaluates a checkpoint on the validation splits and writes `results/`; arguments as for `predict`."""
@@ -116,7 +126,7 @@ class Evaluator:
         model, tasks = self._load(state)
         unseen = unseen_elements(tasks, fits_from_dict(state.get("statistics")))
         settings = self.config.model_dump_json(
-            exclude={"slurm": True, "job": {"num_gpus", "num_nodes", "cpu", "run_dir", "identifier"}}
+            exclude={"slurm": True, "job": {"num_gpus", "num_nodes", "cpu", "run_dir", "identifier", "output_format"}}
         )
         digest = hashlib.sha256(Path(checkpoint).read_bytes() + settings.encode()).hexdigest()
         for split, source in (self.config.dataset.test or self.config.dataset.val).items():
@@ -138,6 +148,8 @@ class Evaluator:
             )
             if distutils.is_master():
                 logging.info("%s: %d predictions in %s", split, count, path)
+                if self.config.job.output_format == "extxyz":
+                    write_extxyz(dataset, tasks, path)
 
     def _load(self, state: Mapping[str, Any]) -> tuple[nn.Module, list[TargetTask]]:
         return load_model(state, self.config, distutils.get_device_for_local_rank())
@@ -163,7 +175,8 @@ class Evaluator:
         write_text(folder / "table.md", render_table(document))
         for target in targets:
             pairs = {split: outcome.pairs[target.name] for split, outcome in outcomes.items()}
-            plot_parity(pairs, folder / f"parity_{target.name}.png", dataset=dataset, target=target)
+            marked = {split: outcome.adsorbate for split, outcome in outcomes.items()} if target.rank else {}
+            plot_parity(pairs, folder / f"parity_{target.name}.png", dataset=dataset, target=target, marked=marked)
         log = self.folder / "logs" / "metrics.jsonl"
         if log.is_file():
             plot_learning_curve(log, folder / "learning_curve.png", dataset=dataset, targets=targets)
@@ -195,6 +208,11 @@ class Evaluator:
             ),
             splits={split: outcome.metrics for split, outcome in outcomes.items()},
             unseen={split: outcome.unseen for split, outcome in outcomes.items()},
+            by_atoms={
+                target.name: {split: outcome.by_atoms[target.name] for split, outcome in outcomes.items()}
+                for target in config.targets
+                if target.rank
+            },
             baselines={split: outcome.baselines for split, outcome in outcomes.items() if outcome.baselines},
             forward_samples_per_s=systems / forward if forward else None,
             end_to_end_samples_per_s=sum(sizes.values()) / seconds if seconds else None,

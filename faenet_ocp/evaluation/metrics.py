@@ -93,7 +93,7 @@ class VectorMetrics(Sums):
         Raises:
             ValueError: shapes that do not fit.
         """
-        pred, label = _pair(self.target, pred, label)
+        pred, label = pair_of(self.target, pred, label)
         counted = torch.as_tensor(counted, device=pred.device)
         if counted.shape != pred.shape[:1] or pred.shape[1] != 3 or counted.dtype != torch.bool:
             raise ValueError(
@@ -158,8 +158,8 @@ class JointThreshold(Sums):
             counted: (N,) bool, the atoms that count.
             batch: (N,) index of each atom's system among the B systems.
         """
-        pred, label = _pair(self.vector, *vectors)
-        value, value_label = (values.to(pred.device) for values in _pair(self.scalar, *scalars))
+        pred, label = pair_of(self.vector, *vectors)
+        value, value_label = (values.to(pred.device) for values in pair_of(self.scalar, *scalars))
         error = (pred - label).abs().amax(dim=1).where(torch.as_tensor(counted, device=pred.device), 0.0)
         index = torch.as_tensor(batch, device=pred.device).long()
         worst = torch.zeros_like(value).scatter_reduce(0, index, error, "amax")
@@ -241,7 +241,7 @@ def energy_metrics(pred: Array, label: Array, *, split: str) -> Values:
     return metrics.compute(split)
 
 
-def _pair(target: Target, pred: Array, label: Array) -> tuple[Tensor, Tensor]:
+def pair_of(target: Target, pred: Array, label: Array) -> tuple[Tensor, Tensor]:
     """Both as float64 tensors on the prediction's device; ValueError if shapes differ."""
     pred = torch.as_tensor(pred).detach().to(torch.float64)
     label = torch.as_tensor(label).detach().to(device=pred.device, dtype=torch.float64)
@@ -254,7 +254,7 @@ def _pair(target: Target, pred: Array, label: Array) -> tuple[Tensor, Tensor]:
 
 
 def _scalar_sums(target: Target, pred: Array, label: Array) -> Tensor:
-    pred, label = _pair(target, pred, label)
+    pred, label = pair_of(target, pred, label)
     error = (pred - label).abs()
     per_system = [
         torch.ones_like(error),

@@ -32,7 +32,14 @@ _Points = tuple[np.ndarray, np.ndarray]
 _Draw = Callable[[Axes, str, np.ndarray, np.ndarray], None]
 
 
-def plot_parity(splits: Mapping[str, _Points], path: Path, *, dataset: str, target: Target) -> Path:
+def plot_parity(
+    splits: Mapping[str, _Points],
+    path: Path,
+    *,
+    dataset: str,
+    target: Target,
+    marked: Mapping[str, np.ndarray | None] | None = None,
+) -> Path:
     """Prediction against label, one panel a split, all panels on the same axes.
 
     Args:
@@ -40,6 +47,7 @@ def plot_parity(splits: Mapping[str, _Points], path: Path, *, dataset: str, targ
         path: PNG to write (atomically).
         dataset: what data it is; heads the figure.
         target: what is predicted.
+        marked: of vectors, by split which belong to adsorbate atoms, (M,) bool: these are drawn in another colour.
     """
     points = {name: (pred.ravel(), label.ravel()) for name, (pred, label) in splits.items()}
     low = min(float(min(pred.min(), label.min())) for pred, label in points.values())
@@ -59,8 +67,31 @@ def plot_parity(splits: Mapping[str, _Points], path: Path, *, dataset: str, targ
         ax.set_ylabel(f"prediction [{target.unit}]")
     for ax in axes[len(points) :]:
         ax.set_axis_off()
-    _draw_points(figure, list(axes[: len(points)]), list(points.values()), limits)
+    marks = {name: mask for name, mask in (marked or {}).items() if mask is not None and mask.any()}
+    if marks:
+        for ax, (name, (pred, label)) in zip(axes, points.items(), strict=False):
+            _draw_two(ax, pred, label, np.repeat(marks.get(name, np.zeros(len(pred) // 3, dtype=bool)), 3), limits)
+    else:
+        _draw_points(figure, list(axes[: len(points)]), list(points.values()), limits)
     return _save(figure, path)
+
+
+def _draw_two(ax: Axes, pred: np.ndarray, label: np.ndarray, is_adsorbate: np.ndarray, limits: tuple) -> None:
+    """Dots of two colours, small where there are many."""
+    size = 14 if len(pred) <= _MAX_SCATTER else 3
+    for name, chosen in (("surface", ~is_adsorbate), ("adsorbate", is_adsorbate)):
+        ax.scatter(label[chosen], pred[chosen], s=size, alpha=0.4, linewidths=0, label=name)
+    ax.legend(fontsize=8, markerscale=2, loc="upper left")
+    _frame(ax, limits)
+
+
+def _frame(ax: Axes, limits: tuple[float, float]) -> None:
+    ax.plot(limits, limits, color=_GREY, linewidth=1, linestyle="--", zorder=3)
+    ax.set(xlim=limits, ylim=limits, aspect="equal")
+    ax.xaxis.set_major_locator(MaxNLocator(6))
+    ax.yaxis.set_major_locator(MaxNLocator(6))
+    ax.grid(color=_GRID, linewidth=0.6)
+    ax.set_axisbelow(True)
 
 
 def _draw_points(figure: Figure, axes: list[Axes], points: list[_Points], limits: tuple[float, float]) -> None:
@@ -68,17 +99,12 @@ def _draw_points(figure: Figure, axes: list[Axes], points: list[_Points], limits
     dense = max(len(pred) for pred, _ in points) > _MAX_SCATTER
     cells = []
     for ax, (pred, label) in zip(axes, points, strict=True):
-        ax.plot(limits, limits, color=_GREY, linewidth=1, linestyle="--", zorder=3)
         if dense:
             extent = (*limits, *limits)
             cells.append(ax.hexbin(label, pred, gridsize=60, extent=extent, mincnt=1, linewidths=0.1))
         else:
             ax.scatter(label, pred, s=14, alpha=0.5, linewidths=0)
-        ax.set(xlim=limits, ylim=limits, aspect="equal")
-        ax.xaxis.set_major_locator(MaxNLocator(6))
-        ax.yaxis.set_major_locator(MaxNLocator(6))
-        ax.grid(color=_GRID, linewidth=0.6)
-        ax.set_axisbelow(True)
+        _frame(ax, limits)
     if cells:
         scale = LogNorm(1, max(2.0, *(cell.get_clim()[1] or 0.0 for cell in cells)))
         for cell in cells:

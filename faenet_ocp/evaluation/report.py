@@ -1,15 +1,17 @@
 """Markdown tables of a results document (`results.build_results`). Computes no metric.
 
 The columns are those of the FAENet paper (Duval et al., ICML 2023), Table 9 for IS2RE, Table 1 and its extended form
-(C.4) for S2EF, and after them the other metrics that `targets.py` has titles for.
+(C.4) for S2EF, elsewhere the first metric of each target; after them the other metrics that `targets.py` has titles
+for. Splits have the names that the configuration gives them; the paper's row stands below results on OC20 only.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from faenet_ocp.evaluation.by_atoms import not_learnt
 from faenet_ocp.evaluation.results import BASELINES, SPLITS, unseen_in_words
-from faenet_ocp.targets import TARGETS, Metric, metrics_of, targets_of
+from faenet_ocp.targets import TARGETS, Metric, Target, metrics_of, targets_of
 
 # Rows of the paper as printed there (forces: meV/A in the paper, eV/A here).
 _PAPER: dict[str, dict[str, Any]] = {
@@ -38,15 +40,16 @@ _PAPER: dict[str, dict[str, Any]] = {
 _PAPER_TABLE1_ENERGY = 0.4642
 _EWT, _EFWT = TARGETS["energy"].threshold, TARGETS["forces"].threshold
 _LEGEND = {
-    "is2re": f"EwT: systems with an energy error below {_EWT} eV.",
-    "s2ef": "Forces: of free atoms; the mean predictor's are zero. EFwT: systems with an energy error below "
-    f"{_EWT} eV and every force component off by less than {_EFWT} eV/A.",
+    "energy_within_threshold": f"EwT: systems with an energy error below {_EWT} eV.",
+    "forces_mae": "Forces: of free atoms; the mean predictor's are zero.",
+    "energy_forces_within_threshold": f"EFwT: systems with an energy error below {_EWT} eV and every force component "
+    f"off by less than {_EFWT} eV/A.",
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Row:
-    """One line of a table; `average` holds OC20's four-split means, empty without all four."""
+    """One line of a table; `average` holds the means over splits, empty without any."""
 
     label: str
     splits: Mapping[str, Mapping[str, float | None]]
@@ -62,35 +65,66 @@ _Column = tuple[str, Callable[[_Row], str]]
 
 
 def render_table(results: Mapping[str, Any]) -> str:
-    """Markdown of a results document: the paper's columns, the further metrics, then what the numbers stand for.
+    """Markdown of a results document: the main columns, the further metrics, then what the numbers stand for.
 
-    Rows: this run, the two baselines, and the paper's FAENet, marked as the paper's. A split that was not evaluated is
-    "-"; averages need all four.
+    Rows: this run, the two baselines, and for OC20 the paper's FAENet, marked as the paper's.
 
     Args:
         results: of `results.build_results`.
     """
     metrics = metrics_of(targets_of(results["units"]))
-    papers = [metrics[name] for name in _PAPER[results["task"]]["metrics"]]
-    further = [metric for metric in metrics.values() if metric.title and metric not in papers]
-    rows = _rows(results)
-    table = _table([*rows, _paper_row(results)], _time_columns() + _split_columns(papers, SPLITS))
-    tables = [table]
-    if results["task"] == "s2ef":
-        row = _paper_row(results, energy_average=_PAPER_TABLE1_ENERGY)
-        averages = [(metric.header, _cell("average", metric)) for metric in papers]
-        table1 = _table([*rows, row], _time_columns() + averages)
+    main = _main_metrics(results, metrics)
+    further = [metric for metric in metrics.values() if metric.title and metric not in main]
+    rows, has_average = _rows(results), results["average"] is not None
+    papers = [_paper_row(results)] if results["oc20"] else []
+    tables = [_table([*rows, *papers], _time_columns() + _split_columns(main, _ordered(results), average=has_average))]
+    if results["task"] == "s2ef" and has_average:
+        papers = [_paper_row(results, energy_average=_PAPER_TABLE1_ENERGY)] if results["oc20"] else []
+        averages = [(metric.header, _cell("average", metric)) for metric in main]
+        table1 = _table([*rows, *papers], _time_columns() + averages)
         tables = [
-            f"Averages over the four splits (Table 1):\n\n{table1}",
-            f"Per split (extended table):\n\n{table}",
+            f"Averages over the splits{' (Table 1)' if papers else ''}:\n\n{table1}",
+            f"Per split{' (extended table)' if papers else ''}:\n\n{tables[0]}",
         ]
     if further:
-        columns = _split_columns(further, results["splits"], average=results["average"] is not None)
+        columns = _split_columns(further, _ordered(results), average=has_average)
         table = _table([row for row in rows if row.has(further)], columns)
-        tables.append(f"Further metrics (not in the paper):\n\n{table}")
+        tables.append(f"Further metrics{' (not in the paper)' if papers else ''}:\n\n{table}")
+    tables += [_by_atoms(TARGETS[name], splits) for name, splits in results.get("by_atoms", {}).items()]
     unseen = results.get("unseen_elements", {}).items()
     warnings = [f"**{unseen_in_words(SPLITS.get(split, split), counts)}.**" for split, counts in unseen]
-    return "\n\n".join([f"Data: {results['dataset']}", *warnings, *tables, _notes(results, papers)]) + "\n"
+    warnings += [
+        f"**{SPLITS.get(split, split)}: {reason}.**"
+        for name, splits in results.get("by_atoms", {}).items()
+        for split, groups in splits.items()
+        for reason in not_learnt(TARGETS[name], groups)
+    ]
+    return "\n\n".join([f"Data: {results['dataset']}", *warnings, *tables, _notes(results, metrics)]) + "\n"
+
+
+def _by_atoms(target: Target, splits: Mapping[str, Mapping[str, Any]]) -> str:
+    """Error, correlation with the labels, and spread over theirs, of each component for surface and adsorbate."""
+    metric = target.metrics[0]
+    lines = [["Atoms", "number", metric.header, "correlation: x", "y", "z", "spread: x", "y", "z"]]
+    for split, groups in splits.items():
+        for name, values in groups.items():
+            numbers = [_format(value, ".2f") for value in [*values["correlation"], *values["spread"]]]
+            head = [f"{SPLITS.get(split, split)}, {name}", f"{values['num_atoms']:,}", metric.text(values["mae"])]
+            lines.append([*head, *numbers])
+    return f"{target.name.capitalize()} by component (spread: of predictions, over that of labels):\n\n{_padded(lines)}"
+
+
+def _main_metrics(results: Mapping[str, Any], metrics: Mapping[str, Metric]) -> list[Metric]:
+    """Those of the paper's table, elsewhere the first of each target."""
+    papers = _PAPER[results["task"]]["metrics"] if results["task"] in _PAPER else ()
+    if all(name in metrics for name in papers) and papers:
+        return [metrics[name] for name in papers]
+    return [target.metrics[0] for target in targets_of(results["units"])]
+
+
+def _ordered(results: Mapping[str, Any]) -> list[str]:
+    """The splits that were evaluated, OC20's first and in their order."""
+    return sorted(results["splits"], key=lambda split: [*SPLITS, split].index(split))
 
 
 def _rows(results: Mapping[str, Any]) -> list[_Row]:
@@ -118,9 +152,8 @@ def _paper_row(results: Mapping[str, Any], *, energy_average: float | None = Non
     average = {key: values[-1] for key, values in metrics.items()}
     if energy_average is not None:
         average["energy_mae"] = energy_average
-    place = "OC20, RTX8000" if results["oc20"] else "OC20, RTX8000; not comparable"
     return _Row(
-        label=f"FAENet, the paper's ({place})",
+        label="FAENet, the paper's (OC20, RTX8000)",
         splits={split: {key: values[i] for key, values in metrics.items()} for i, split in enumerate(SPLITS)},
         average=average,
         seconds_per_epoch=paper["seconds_per_epoch"],
@@ -136,7 +169,7 @@ def _cell(split: str, metric: Metric) -> Callable[[_Row], str]:
     return text
 
 
-def _split_columns(metrics: Iterable[Metric], splits: Iterable[str], *, average: bool = True) -> list[_Column]:
+def _split_columns(metrics: Iterable[Metric], splits: Iterable[str], *, average: bool) -> list[_Column]:
     """For each metric its splits and their average; the first header of each names the metric."""
     columns: list[_Column] = []
     titles = {split: SPLITS.get(split, split) for split in splits} | ({"average": "Average"} if average else {})
@@ -164,10 +197,13 @@ def _duration(seconds: float | None) -> str:
 
 
 def _table(rows: Sequence[_Row], columns: Sequence[_Column]) -> str:
-    """Markdown, padded so that it also reads well on a terminal."""
     lines = [["Model", *(header for header, _ in columns)]]
-    lines += [[row.label.replace("|", "\\|"), *(cell(row) for _, cell in columns)] for row in rows]
-    widths = [max(3, *(len(line[i]) for line in lines)) for i in range(len(columns) + 1)]
+    return _padded(lines + [[row.label.replace("|", "\\|"), *(cell(row) for _, cell in columns)] for row in rows])
+
+
+def _padded(lines: Sequence[Sequence[str]]) -> str:
+    """Markdown of a header and rows that also reads well on a terminal."""
+    widths = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     aligned = [
         [line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in [lines[0], rule, *lines[1:]]
@@ -175,28 +211,27 @@ def _table(rows: Sequence[_Row], columns: Sequence[_Column]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in aligned)
 
 
-def _notes(results: Mapping[str, Any], metrics: Sequence[Metric]) -> str:
+def _notes(results: Mapping[str, Any], metrics: Mapping[str, Metric]) -> str:
     run, speed, training = results["run"], results["throughput"], results["training"]
     frames = ", ".join(f"{key} {value}" for key, value in run["frames"].items())
+    legend = ["Train: time of an epoch. Infer.: samples/s, forward pass only."]
+    legend += [words for name, words in _LEGEND.items() if name in metrics]
+    legend += ["Average: over the splits."] if results["average"] is not None else []
     facts = [
         f"Systems: {_counts(results['splits'])}.",
-        "Train: time of an epoch. Infer.: samples/s, forward pass only. "
-        f"{_LEGEND[results['task']]} Average: over the four splits.",
+        " ".join(legend),
         f"This run: {run['config']}, {run['parameters']:,} parameters, epoch {_format(run['epoch'], '.4g')}, step "
         f"{_format(run['step'], 'd')}, frames {frames}, seed {run['seed']}; {run['device']}; inference end to end "
         f"{_format(speed['end_to_end_samples_per_s'], '.0f')} samples/s; "
         f"{_format(training['epochs'], '.4g')} epochs trained.",
     ]
-    for split, values in results["splits"].items():
-        if split not in SPLITS:  # has no columns in the paper's table
-            facts.append(f"{split}: {', '.join(_in_words(metric, values[metric.name]) for metric in metrics)}.")
-    return "\n".join(f"- {fact}" for fact in [*facts, _paper_note(results)])
-
-
-def _in_words(metric: Metric, value: float | None) -> str:
-    """Such as: Energy MAE 0.1 eV."""
-    unit = metric.header.removeprefix(metric.title).strip(" []")
-    return f"{metric.title} {metric.text(value)} {unit}".rstrip()
+    if results["oc20"]:
+        paper = _PAPER[results["task"]]
+        facts.append(
+            f"The paper's row: {paper['source']} of Duval et al. (ICML 2023), as published; {paper['training_set']}, "
+            "one RTX8000."
+        )
+    return "\n".join(f"- {fact}" for fact in facts)
 
 
 def _counts(splits: Mapping[str, Mapping[str, Any]]) -> str:
@@ -205,12 +240,3 @@ def _counts(splits: Mapping[str, Mapping[str, Any]]) -> str:
         + (f" ({metrics['num_atoms']:,} free atoms)" if "num_atoms" in metrics else "")
         for name, metrics in splits.items()
     )
-
-
-def _paper_note(results: Mapping[str, Any]) -> str:
-    paper = _PAPER[results["task"]]
-    source = f"The paper's row: {paper['source']} of Duval et al. (ICML 2023), as published; "
-    source += f"{paper['training_set']}, one RTX8000."
-    if results["oc20"]:
-        return source
-    return f"{source} **It is on OC20, the other rows are on {results['dataset']}: not comparable.**"

@@ -28,7 +28,7 @@ OFFICIAL_SIZES = {
 
 def dataset_label(dataset: str, task: str, sizes: Mapping[str, int]) -> tuple[str, bool]:
     """What results call a data set with these systems by split, and whether it is OC20's own validation splits."""
-    if dataset != "OC20":
+    if dataset != "OC20" or task not in OFFICIAL_SIZES:
         return dataset, False
     if all(OFFICIAL_SIZES[task].get(split) == size for split, size in sizes.items()):
         return f"OC20 {task.upper()}", True
@@ -73,6 +73,7 @@ def build_results(
     splits: Mapping[str, Mapping[str, float | int]],
     baselines: Mapping[str, Mapping[str, Mapping[str, float | int]]],
     unseen: Mapping[str, Mapping[str, int]] | None = None,
+    by_atoms: Mapping[str, Mapping[str, Mapping[str, Any]]] | None = None,
     forward_samples_per_s: float | None = None,
     end_to_end_samples_per_s: float | None = None,
     seconds_per_epoch: float | None = None,
@@ -81,15 +82,15 @@ def build_results(
     """The document that `common.files.write_json` stores and tables are made from.
 
     Args:
-        task: is2re or s2ef.
+        task: a key of `targets.TASKS`.
         targets: what is predicted.
         dataset: what data this is, in words, for tables and plots ("OC20 IS2RE all").
-        oc20: True only for evaluation on OC20's own validation splits; elsewhere the paper's row is marked as not
-            comparable.
+        oc20: True only for evaluation on OC20's own validation splits: the paper's row belongs to these.
         run: see `RunInfo`.
         splits: split name to metrics (`validation.SplitOutcome.metrics`).
         baselines: split name to rows of `BASELINES` to metrics.
         unseen: split name to systems with elements that the training set lacks (`validation.SplitOutcome.unseen`).
+        by_atoms: by target of rank 1 and split what `by_atoms.ByAtoms` computes.
         forward_samples_per_s: model forward passes only (the paper's footnote 6).
         end_to_end_samples_per_s: with loading and collecting.
         seconds_per_epoch, epochs: of training.
@@ -112,6 +113,7 @@ def build_results(
             name: {"splits": rows, "average": _average(rows, list(metrics))} for name, rows in by_row.items()
         },
         "unseen_elements": {split: counts for split, counts in (unseen or {}).items() if counts},
+        "by_atoms": by_atoms or {},
         "throughput": {
             "forward_samples_per_s": forward_samples_per_s,
             "end_to_end_samples_per_s": end_to_end_samples_per_s,
@@ -132,11 +134,12 @@ def unseen_in_words(split: str, counts: Mapping[str, int]) -> str:
 
 
 def _average(splits: Mapping[str, Mapping[str, float | int]], names: Sequence[str]) -> dict[str, float] | None:
-    """Mean over OC20's four validation splits, None unless all four are there."""
-    if not all(split in splits for split in SPLITS):
+    """Mean over the splits, None where there is one, or not all four of OC20's."""
+    among = [split for split in splits if split in SPLITS] or list(splits)
+    if len(among) < 2 or (among[0] in SPLITS and len(among) < len(SPLITS)):
         return None
     return {
-        name: sum(splits[split][name] for split in SPLITS) / len(SPLITS)
+        name: sum(splits[split][name] for split in among) / len(among)
         for name in names
-        if all(name in splits[split] for split in SPLITS)
+        if all(name in splits[split] for split in among)
     }

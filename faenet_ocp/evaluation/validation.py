@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from faenet_ocp.data.fields import exact_label
+from faenet_ocp.evaluation.by_atoms import ADSORBATE, ByAtoms
 from faenet_ocp.evaluation.metrics import (
     BaselineMetrics,
     JointThreshold,
@@ -77,8 +79,10 @@ class SplitOutcome:
     Attributes:
         metrics: by name. `frames_per_system` is 1 plus what canonical frames that were not unique (or full frames) add.
         baselines: by row and name; empty without training statistics.
+        by_atoms: for each vector what `by_atoms.ByAtoms` computes.
         pairs: by target, prediction and label for a plot: on the first rank all scalars, in the order of the data set,
             and on each rank the vectors (M, 3) of its first atoms that count.
+        adsorbate: which of these atoms are an adsorbate's, (M,) bool.
         unseen: systems by symbol of an element that the training set lacks, and in "all" those with any such element.
         num_systems: over all ranks.
         forward_seconds: in the model's forward pass, the slowest rank's; without the first batch where there are more.
@@ -88,7 +92,9 @@ class SplitOutcome:
 
     metrics: Values = field(default_factory=dict)
     baselines: dict[str, Values] = field(default_factory=dict)
+    by_atoms: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     pairs: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
+    adsorbate: np.ndarray | None = None
     unseen: dict[str, int] = field(default_factory=dict)
     num_systems: int = 0
     forward_seconds: float = 0.0
@@ -132,6 +138,7 @@ class _Collector:
         targets = [task.target for task in tasks]
         self.scalars = {target.name: ScalarMetrics(target) for target in targets if target.rank == 0}
         self.vectors = {target.name: VectorMetrics(target) for target in targets if target.rank == 1}
+        self.by_atoms = {name: ByAtoms(vector.target) for name, vector in self.vectors.items()}
         self.joint = [
             JointThreshold(scalar.target, vector.target)
             for scalar in self.scalars.values()
@@ -142,6 +149,7 @@ class _Collector:
         self.unseen = UnseenElements(unseen_elements(tasks, fits))
         self.eval_free = all(task.eval_on_free_atoms for task in tasks if task.level == "atom")
         self.pairs: dict[str, list[tuple[Tensor, Tensor]]] = {target.name: [] for target in targets}
+        self.adsorbate: list[Tensor] = []
         self.forward: list[tuple[float, int]] = []
         self.num_plotted = self.num_frames = 0
 
@@ -164,10 +172,12 @@ class _Collector:
         pairs = {name: (predictions[name], exact_label(batch, name)) for name in self.pairs}
         for name, vector in self.vectors.items():
             vector.update(*pairs[name], counted)
+            self.by_atoms[name].update(*pairs[name], counted, batch.tags)
         for joint in self.joint:
             joint.update(pairs[joint.scalar.name], pairs[joint.vector.name], counted=counted, batch=batch.batch)
         if self.num_plotted < _PLOTTED_ATOMS:
             self.num_plotted += int(counted.sum())
+            self.adsorbate.append((batch.tags == ADSORBATE)[counted].cpu())
             for name in self.vectors:
                 pred, label = pairs[name]
                 self.pairs[name].append((pred[counted].cpu(), label[counted].cpu()))
@@ -178,7 +188,7 @@ class _Collector:
             *self.vectors.values(),
             *self.joint,
         ]
-        for sums in [*collectors, *self.baselines, self.unseen]:
+        for sums in [*collectors, *self.baselines, self.unseen, *self.by_atoms.values()]:
             sums.sums = reduced(sums.sums, "sum")
         counted = self.forward[1:] if len(self.forward) > 1 else self.forward
         counts = [sum(n for _, n in self.forward), sum(n for _, n in counted), self.num_frames]
@@ -186,6 +196,7 @@ class _Collector:
         times = reduced(torch.tensor([sum(s for s, _ in counted), seconds]).double(), "max")
         result = SplitOutcome(
             unseen=self.unseen.compute(),
+            by_atoms={name: groups.compute() for name, groups in self.by_atoms.items()},
             num_systems=int(totals[0]),
             forward_systems=int(totals[1]),
             forward_seconds=float(times[0]),
@@ -193,6 +204,7 @@ class _Collector:
         )
         for collector in collectors:
             result.metrics |= collector.compute(split)
+        result.metrics["num_systems"] = result.num_systems
         result.metrics["frames_per_system"] = float(totals[2] / totals[0])
         for baseline in self.baselines:
             for row, values in baseline.compute(split).items():
@@ -206,6 +218,7 @@ class _Collector:
             if self.pairs[name]:  # a rank may have no systems
                 pred, label = (torch.cat(part)[:_PLOTTED_ATOMS].numpy() for part in zip(*self.pairs[name], strict=True))
                 result.pairs[name] = pred, label
+                result.adsorbate = torch.cat(self.adsorbate)[:_PLOTTED_ATOMS].numpy()
         return result
 
 

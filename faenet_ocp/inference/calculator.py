@@ -10,6 +10,7 @@ import torch
 from ase import Atoms
 from ase.calculators.calculator import Calculator, PropertyNotImplementedError, all_changes
 
+from faenet_ocp.data.tags import Adsorbate
 from faenet_ocp.inference.predictor import Predictor
 
 
@@ -25,7 +26,7 @@ class _Calculation(threading.local):
 
 
 class FAENetCalculator(Calculator):
-    """ASE calculator of a checkpoint: all that it was trained on (energy; forces in S2EF; scalars that it declares).
+    """ASE calculator of a checkpoint: all that it was trained on (energy, forces, scalars that it declares).
 
     Forces of atoms that the checkpoint's transforms remove (sub-surface atoms) are zero, because the model does not
     see them: fix these atoms. With `frames="stochastic"` every new calculation draws new frames. One calculator may
@@ -35,6 +36,9 @@ class FAENetCalculator(Calculator):
     atom's list of neighbours (at the cutoff, and at `max_neighbors`) or the sign of an axis changes, so that total
     energies of long dynamics may drift. Frames and per-system statistics see the cell: energies per atom of a crystal
     in supercells of different size differ by some meV.
+
+    Programs that drive calculators set no tags, or the same for all atoms; a model that was trained with OC20's then
+    needs `tags="fixed"` and `adsorbate=...` (see `Predictor`, and docs/calculator.md).
 
     Changed tags are noticed here, but not by calculators of ASE that combine others: a SumCalculator keeps the results
     that it had before `atoms[-1].tag = 2`. Set tags first, or make a new one.
@@ -50,7 +54,8 @@ class FAENetCalculator(Calculator):
         if isinstance(checkpoint, Predictor) and options:
             raise ValueError(f"{', '.join(options)}: give them to the Predictor")
         self.predictor = checkpoint if isinstance(checkpoint, Predictor) else Predictor(checkpoint, **options)
-        self.implemented_properties = ["free_energy", *self.predictor.properties]
+        energy = ["free_energy"] if "energy" in self.predictor.properties else []
+        self.implemented_properties = [*energy, *self.predictor.properties]
 
     @classmethod
     def from_checkpoint(
@@ -62,10 +67,13 @@ class FAENetCalculator(Calculator):
         forces: str | None = None,
         precision: str | None = None,
         seed: int = 0,
+        tags: str | None = None,
+        adsorbate: Adsorbate = None,
         keep_net_force: bool = False,
     ) -> Self:
         """Calculator from a checkpoint file, in which nothing can run; arguments as for `Predictor`."""
         options: dict[str, Any] = {"device": device, "frames": frames, "forces": forces, "precision": precision}
+        options |= {"tags": tags, "adsorbate": adsorbate}
         return cls(path, **options, seed=seed, keep_net_force=keep_net_force)
 
     @property
@@ -96,7 +104,8 @@ class FAENetCalculator(Calculator):
         super().calculate(atoms, properties, system_changes)
         structure: Atoms = self.atoms  # the parent has just set it
         (prediction,) = self.predictor([structure])
-        self.results = {"free_energy": prediction.energy, **prediction.values}
+        energy = {"free_energy": prediction.energy} if "energy" in prediction.values else {}
+        self.results = energy | dict(prediction.values)
 
     def get_property(self, name: str, atoms: Atoms | None = None, allow_calculation: bool = True) -> Any:
         """As in ASE; says why there are no forces.
@@ -104,10 +113,10 @@ class FAENetCalculator(Calculator):
         Raises:
             PropertyNotImplementedError: the checkpoint does not predict this.
         """
-        if name == "forces" and name not in self.implemented_properties:
+        if name in ("energy", "forces") and name not in self.implemented_properties:
             raise PropertyNotImplementedError(
-                f"forces: this checkpoint was trained for {self.predictor.config.task.upper()} and predicts "
-                f"{', '.join(self.predictor.properties)} only; forces need one of task s2ef"
+                f"{name}: this checkpoint (task {self.predictor.config.task}) predicts "
+                f"{', '.join(self.predictor.properties)} only"
             )
         return super().get_property(name, atoms, allow_calculation)
 

@@ -31,8 +31,9 @@ from faenet_ocp.common.files import expand_path
 from faenet_ocp.config.messages import without_removed
 from faenet_ocp.config.schema import Config, build_config
 from faenet_ocp.data.atoms import atoms_to_data, fixed_atoms
-from faenet_ocp.data.fields import FIELDS, NUM_ELEMENTS
+from faenet_ocp.data.fields import NUM_ELEMENTS
 from faenet_ocp.data.oc20 import DTYPES
+from faenet_ocp.data.tags import CHOICES, Adsorbate
 from faenet_ocp.data.transforms import Compose
 from faenet_ocp.evaluation.evaluator import load_model
 from faenet_ocp.evaluation.validation import predict
@@ -44,10 +45,10 @@ from faenet_ocp.tasks.tasks import unseen_elements
 logger = logging.getLogger(__name__)
 
 FORCE_SOURCES = ("prediction", "energy_gradient")
-_TAGS = FIELDS["tags"].allowed or ()
 _HOW_TO_TAG = (
     "set OC20's tags with atoms.set_tags([...]): 0 for atoms below the surface, 1 for the surface, 2 for the adsorbate "
-    "(ASE's slab builders number the layers instead; for a molecule use 2)"
+    "(ASE's slab builders number the layers instead; for a molecule use 2), or give the predictor tags='fixed' and "
+    "adsorbate=..."
 )
 
 
@@ -88,6 +89,11 @@ class Predictor:
             checkpoint is evaluated with. Checkpoints without forces have neither.
         precision: float32 or float64; None takes the checkpoint's.
         seed: of stochastic frames and of random transforms; they have a generator of their own.
+        tags: "file" takes the structures' own tags, which have to be OC20's; "fixed" makes 0 of fixed atoms and 1 of
+            the others; "none" leaves them out. None: file if the model embeds tags or its sub-surface atoms are
+            removed, else none.
+        adsorbate: which atoms get tag 2 whatever the rest is: indices, a function of the structure, or "metal", see
+            `data.tags.adsorbate_of`; None: `tags` alone decides.
         keep_net_force: leave predicted forces as they are. Otherwise the mean force is taken out of systems that the
             model sees without any fixed atom, see `without_net_force`.
 
@@ -108,6 +114,8 @@ class Predictor:
         forces: str | None = None,
         precision: str | None = None,
         seed: int = 0,
+        tags: str | None = None,
+        adsorbate: Adsorbate = None,
         keep_net_force: bool = False,
     ):
         self.device = _usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -131,10 +139,21 @@ class Predictor:
         self.conservative = config.output("forces").eval_from == "energy_gradient"
         transforms = {name: given for name, given in config.dataset.transforms.items() if given is not False}
         self.transforms, self._removes_subsurface = Compose(transforms), "remove_subsurface" in transforms
+        self.tags, self.adsorbate = self._choice_of_tags(tags, adsorbate), adsorbate
         self.generator = torch.Generator().manual_seed(seed)
         self.keep_net_force = keep_net_force
         self._unseen_elements = unseen_elements(self.tasks, fits_from_dict(state.get("statistics")))
         self._warned: set[str] = set()
+
+    def _choice_of_tags(self, tags: str | None, adsorbate: Adsorbate) -> str:
+        needs_tags = self._reads_tags or self._removes_subsurface
+        if tags is None:
+            return "file" if needs_tags else "none"
+        if choice("tags", tags, CHOICES) == "none" and needs_tags:
+            raise ValueError("tags: none, but the checkpoint's model embeds tags or works without atoms of tag 0")
+        if tags == "none" and adsorbate is not None:
+            raise ValueError("adsorbate: has no meaning with tags: none")
+        return tags
 
     def __call__(self, structures: Iterable[Atoms]) -> list[Prediction]:
         """Predictions of several structures in one forward pass; they do not depend on each other.
@@ -188,9 +207,13 @@ class Predictor:
             atoms,
             cutoff=self.model.cutoff,
             max_neighbors=self.model.max_neighbors,
+            tags=self.tags,
+            adsorbate=self.adsorbate,
             dtype=DTYPES[self.config.job.precision],
             dataset=self.config.dataset.name,
         )
+        if self._reads_tags or self._removes_subsurface:
+            self._check_tags(atoms, data.tags.numpy())
         if bool((unseen := (data.composition[0] > 0) & self._unseen_elements).any()):
             names = ", ".join(describe(number) for number in unseen.nonzero().flatten().tolist())
             self._warn_once(
@@ -214,18 +237,16 @@ class Predictor:
         unknown = [z for z in np.unique(atoms.numbers).tolist() if not self._knows(z)]
         if unknown:
             raise ValueError(f"the model does not know {', '.join(describe(z) for z in unknown)}")
-        tags = set(atoms.get_tags().tolist())
-        if not tags <= set(_TAGS):
-            raise ValueError(f"tags {sorted(tags - set(_TAGS))} are not among OC20's; {_HOW_TO_TAG}")
-        if tags == {0} and self._removes_subsurface:
+
+    def _check_tags(self, atoms: Atoms, tags: NDArray[np.int64]) -> None:
+        if not tags.any() and self._removes_subsurface:
             raise ValueError(
-                "all tags are 0 (atoms.get_tags()), and this checkpoint works without atoms of tag 0 (its transform "
-                f"remove_subsurface): nothing would be left; {_HOW_TO_TAG}"
+                "all tags are 0, and this checkpoint works without atoms of tag 0 (its transform remove_subsurface): "
+                f"nothing would be left; {_HOW_TO_TAG}"
             )
-        if self._reads_tags or self._removes_subsurface:
-            objection = _doubt_about_tags(atoms)
-            if objection is not None:
-                self._warn_once(f"{objection}; {_HOW_TO_TAG}", of=_name(atoms))
+        objection = _doubt_about_tags(atoms, tags)
+        if objection is not None:
+            self._warn_once(f"{objection}; {_HOW_TO_TAG}", of=_name(atoms))
 
     def _knows(self, atomic_number: int) -> bool:
         return 0 < atomic_number <= MAX_ATOMIC_NUMBER and bool(self._known_elements[atomic_number])
@@ -272,9 +293,8 @@ def _name(atoms: Atoms) -> str:
     return f"structure of {len(atoms)} atoms{sid}"
 
 
-def _doubt_about_tags(atoms: Atoms) -> str | None:
+def _doubt_about_tags(atoms: Atoms, tags: NDArray[np.int64]) -> str | None:
     """What makes it unlikely that the tags are OC20's."""
-    tags = atoms.get_tags()
     if not tags.any():
         return "all tags are 0, so the model takes every atom for one below the surface"
     if not (tags == 2).any():

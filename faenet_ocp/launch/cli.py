@@ -24,7 +24,18 @@ from faenet_ocp.launch import local_ranks, sweep
 if TYPE_CHECKING:
     from faenet_ocp.training.trainer import FAENetTrainer
 
-_JOB_FLAGS = ("run_dir", "identifier", "seed", "num_gpus", "num_nodes", "cpu", "amp", "debug", "print_every")
+_JOB_FLAGS = (
+    "run_dir",
+    "identifier",
+    "seed",
+    "num_gpus",
+    "num_nodes",
+    "cpu",
+    "amp",
+    "debug",
+    "print_every",
+    "output_format",
+)
 _COMMENT = "# "
 _SLURM_FLAGS = ("partition", "account", "qos", "time", "mem_gb", "cpus_per_task")
 
@@ -68,6 +79,11 @@ def make_parser() -> argparse.ArgumentParser:
     job.add_argument("--amp", action="store_true", default=None, help="bfloat16 autocast")
     job.add_argument("--debug", action="store_true", default=None)
     job.add_argument("--print-every", type=int, metavar="N", help="steps between reports")
+    job.add_argument(
+        "--output-format",
+        choices=("npz", "extxyz"),
+        help="of predictions; extxyz: the structures with them, beside npz",
+    )
     add("--sweep-yml", metavar="YAML", help="grid of values, dotted keys with lists: one run for each combination")
     slurm = parser.add_argument_group("SLURM", "--slurm-... are also keys of the section slurm:")
     add = slurm.add_argument
