@@ -5,9 +5,10 @@
 
 The input is an OC20 LMDB (file or folder), or files that ASE reads (also a folder of POSCARs, a glob), with OC20's
 tags (or see --tags and --adsorbate) and with fixed atoms in a constraint. The output folder gets `relaxed.extxyz`, in
-the order of the input, and `metrics.json`; the same command goes on where it was interrupted. Where the relaxed structures are known (`y_relaxed`,
-`pos_relaxed`, as in OC20's IS2RE training and validation files) the metrics say how close the relaxed energies and
-positions come to them. With `--max-steps 0` the results are energies and forces of the structures as they are.
+the order of the input, and `metrics.json`; the same command goes on where it was interrupted. Where the relaxed
+structures are known (`y_relaxed`, `pos_relaxed`, as in OC20's IS2RE training and validation files) the metrics say how
+close the relaxed energies and positions come to them. With `--max-steps 0` the results are energies and forces of the
+structures as they are.
 
 Structures that cannot be used are left out and listed in `metrics.json` (`left_out`: index, sid, reason), and the exit
 status is 3. With `--strict` the first of them is an error.

@@ -24,18 +24,8 @@ from faenet_ocp.launch import local_ranks, sweep
 if TYPE_CHECKING:
     from faenet_ocp.training.trainer import FAENetTrainer
 
-_JOB_FLAGS = (
-    "run_dir",
-    "identifier",
-    "seed",
-    "num_gpus",
-    "num_nodes",
-    "cpu",
-    "amp",
-    "debug",
-    "print_every",
-    "output_format",
-)
+_JOB_FLAGS = ("run_dir", "identifier", "seed", "num_gpus", "num_nodes", "cpu", "amp", "debug", "print_every")
+_JOB_FLAGS += ("output_format",)
 _COMMENT = "# "
 _SLURM_FLAGS = ("partition", "account", "qos", "time", "mem_gb", "cpus_per_task")
 
@@ -82,7 +72,7 @@ def make_parser() -> argparse.ArgumentParser:
     job.add_argument(
         "--output-format",
         choices=("npz", "extxyz"),
-        help="of predictions; extxyz: the structures with them, beside npz",
+        help="of predictions; extxyz: structures with them, beside npz",
     )
     add("--sweep-yml", metavar="YAML", help="grid of values, dotted keys with lists: one run for each combination")
     slurm = parser.add_argument_group("SLURM", "--slurm-... are also keys of the section slurm:")
