@@ -9,10 +9,11 @@ from numpy.typing import NDArray
 
 from faenet_ocp.data.batch import make_batch
 from faenet_ocp.data.fields import Reading
+from faenet_ocp.graph.lists import NO_LIMIT
 
 
 def atoms_to_data(
-    atoms: Atoms, *, cutoff: float, max_neighbors: int, dtype: torch.dtype = torch.float32, dataset: str = "oc20"
+    atoms: Atoms, *, cutoff: float, max_neighbors: int | None, dtype: torch.dtype = torch.float32, dataset: str = "oc20"
 ) -> AtomicData:
     """Atoms to a sample with the fields of ``oc20.OC20LmdbDataset``, before transforms.
 
@@ -36,7 +37,8 @@ def atoms_to_data(
         "tags": atoms.get_tags(),
         "fixed": fixed_atoms(atoms),
     }
-    reading = Reading({}, "recompute", dtype, cutoff, max_neighbors)
+    limit = NO_LIMIT if max_neighbors is None else max_neighbors
+    reading = Reading({}, "recompute", dtype, cutoff, limit)
     data = make_batch([record], [str(atoms.info.get("sid", ""))], reading)
     data.dataset = dataset
     data.atom_id = torch.arange(len(atoms))
