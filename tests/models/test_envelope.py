@@ -30,7 +30,7 @@ def jump(envelope: str, *, fast: bool = False, **options) -> tuple[float, float]
         results.append((energy, torch.autograd.grad(energy, pos)[0], len(j)))
     (before, slope, more), (after, other_slope, fewer) = results
     assert more == fewer + 2  # the pair has left
-    return abs(float(before - after)), float((slope - other_slope).abs().max())
+    return float((before - after).detach().abs()), float((slope - other_slope).abs().max())
 
 
 @pytest.mark.parametrize("mp_type", [name for name in MP_TYPES if name not in ATTENTION])
