@@ -29,7 +29,8 @@ BEYOND = 8
 def accelerate(model: nn.Module) -> None:
     """Give every FAENet inside a model its fast modules, in place; parameters and their names stay.
 
-    Forms without a faster one, and networks with an envelope, are left as they are, and so is what is accelerated already.
+    Forms without a faster one, and networks with an envelope, are left as they are, and so is what is
+    accelerated already.
     """
     for network in model.modules():
         if isinstance(network, FAENet) and network.options.envelope == "none":

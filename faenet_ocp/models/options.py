@@ -59,8 +59,8 @@ class FAENetOptions(Options):
         mp_type: form of the messages (see `message_passing`).
         att_heads: attention heads of the `att` and `base_with_att` types.
         complex_mp: two layers instead of one in the update of an interaction block.
-        envelope: "polynomial" multiplies messages by a polynomial of the distance that is zero, with two derivatives, at
-            the cutoff: the energy is then smooth where neighbours come and go, if graphs are not cut by number
+        envelope: "polynomial" multiplies messages by a polynomial of the distance that is zero, with two derivatives,
+            at the cutoff: the energy is then smooth where neighbours come and go, if graphs are not cut by number
             (`max_neighbors: null`). Not with attention, whose weights add up to one however far the neighbours are.
             "none" (or false) is the paper's.
         graph_norm: GraphNorm of the messages, with statistics over each "system" (or true), over the whole "batch", or
