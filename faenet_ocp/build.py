@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.utils.data import Dataset
 
-from faenet_ocp.common.checks import nearest, parameters
+from faenet_ocp.common.checks import nearest, parameters, switched_off, whole_number
 from faenet_ocp.config.schema import Config, SourceConfig
 from faenet_ocp.data import ase_files, packed  # noqa: F401  # register the data sets
 from faenet_ocp.data.held_out import hold_out
@@ -181,6 +181,17 @@ def make_model(config: Config) -> FrameAveragedModel:
     cls = _registered("model.name", name, registry.get_model_class, "model_name_mapping")
     options = {key: value for key, value in config.model.items() if key not in ("name", "heads")}
     graph = {key: options.get(key, default) for key, default in _GRAPH.items()}
+    if (
+        not switched_off(envelope := options.get("envelope"))
+        and envelope != "none"
+        and graph["max_neighbors"] is not None
+    ):
+        raise ValueError(
+            f"model.max_neighbors: {graph['max_neighbors']} cuts graphs by number, which model.envelope: "
+            f"{envelope} is to make smooth; write max_neighbors: null"
+        )
+    if graph["max_neighbors"] is not None:
+        whole_number("model.max_neighbors", graph["max_neighbors"], minimum=1)
     heads, head_options = config.model.get("heads"), set[str]()
     if heads is None:
         heads, head_options = _default_heads(name, cls, config, options)

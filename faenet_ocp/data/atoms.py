@@ -15,6 +15,7 @@ from faenet_ocp.common.checks import RecordError
 from faenet_ocp.data.batch import make_batch
 from faenet_ocp.data.fields import NOT_LABELS, Reading
 from faenet_ocp.data.tags import Adsorbate, adsorbate_of, assign_tags
+from faenet_ocp.graph.lists import NO_LIMIT
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +24,7 @@ def atoms_to_data(
     atoms: Atoms,
     *,
     cutoff: float,
-    max_neighbors: int,
+    max_neighbors: int | None,
     tags: str = "file",
     adsorbate: Adsorbate = None,
     dtype: torch.dtype = torch.float32,
@@ -46,7 +47,8 @@ def atoms_to_data(
     """
     record = geometry_of(atoms)
     record |= tags_of(record, tags, adsorbate=adsorbate_of(atoms, adsorbate, record["fixed"]))
-    reading = Reading({}, "recompute", dtype, cutoff, max_neighbors)
+    limit = NO_LIMIT if max_neighbors is None else max_neighbors
+    reading = Reading({}, "recompute", dtype, cutoff, limit)
     data = make_batch([record], [str(atoms.info.get("sid", ""))], reading)
     data.dataset = dataset
     data.atom_id = torch.arange(len(atoms))

@@ -31,6 +31,7 @@ from faenet_ocp.data.fields import Fields, Reading, array_of, declare_labels, nu
 from faenet_ocp.data.lmdb_files import LmdbFile, resolve_files
 from faenet_ocp.data.records import decode_record
 from faenet_ocp.data.transforms import Compose
+from faenet_ocp.graph.lists import NO_LIMIT
 from faenet_ocp.targets import TARGETS
 
 logger = logging.getLogger(__name__)
@@ -101,7 +102,7 @@ class OC20LmdbDataset(BaseDataset[AtomicData]):
             edges=config.get("edges", "stored"),
             dtype=DTYPES[config.get("dtype", "float32")],
             cutoff=config.get("cutoff", 0.0),
-            max_neighbors=config.get("max_neighbors", 0),
+            max_neighbors=NO_LIMIT if (most := config.get("max_neighbors", 0)) is None else most,
         )
         declare_labels(self._reading.labels)
         self.transforms = Compose(config.get("transforms") or {})
@@ -284,7 +285,10 @@ def _check_config(config: Mapping[str, Any], keys: Sequence[str]) -> None:
     choice("dataset.dtype", config.get("dtype", "float32"), tuple(DTYPES))
     if config.get("edges") != "none":
         positive("dataset.cutoff", config.get("cutoff"))
-        whole_number("dataset.max_neighbors", config.get("max_neighbors"), minimum=1)
+        if config.get("max_neighbors", 0) is not None:
+            whole_number("dataset.max_neighbors", config.get("max_neighbors"), minimum=1)
+        elif config.get("edges", "stored") == "stored":
+            raise ValueError("dataset.edges: stored edges are cut by number, max_neighbors: null is not; use recompute")
 
 
 def _label_sources(labels: Sequence[str] | None, key_mapping: Mapping[str, str]) -> dict[str, tuple[str, ...]]:

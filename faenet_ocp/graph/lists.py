@@ -20,6 +20,8 @@ _INT, _INTS, _PAIRS = nb.int64, nb.int64[::1], nb.int64[:, ::1]
 _FLOAT, _FLOATS, _ROWS = nb.float64, nb.float64[::1], nb.float64[:, ::1]
 _BOXES, _BOOLS = nb.float64[:, :, ::1], nb.boolean[::1]
 
+NO_LIMIT = 2**62
+"""`max_neighbors` of graphs that are not cut by number."""
 SHELL_TOLERANCE = 0.01
 """Distances are one shell if they exceed the distance of the last neighbour kept by no more than this.
 

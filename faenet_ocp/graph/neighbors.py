@@ -20,7 +20,9 @@ _MAX_COORDINATE = 1e4
 _MAX_IMAGES = 1e4
 
 
-def build_graph(pos: Tensor, cell: Tensor, pbc: Tensor, *, cutoff: float, max_neighbors: int) -> tuple[Tensor, Tensor]:
+def build_graph(
+    pos: Tensor, cell: Tensor, pbc: Tensor, *, cutoff: float, max_neighbors: int | None
+) -> tuple[Tensor, Tensor]:
     """Build the graph of one system.
 
     Args:
@@ -28,7 +30,7 @@ def build_graph(pos: Tensor, cell: Tensor, pbc: Tensor, *, cutoff: float, max_ne
         cell: (3, 3) or (1, 3, 3) lattice vectors in rows; rows of directions that are not periodic do not matter.
         pbc: (3,) or (1, 3) whether each direction is periodic.
         cutoff: longest edge.
-        max_neighbors: neighbours of each atom, equal distances kept whole (see ``lists``).
+        max_neighbors: neighbours of each atom, equal distances kept whole (see ``lists``); None: all.
 
     Returns:
         edge_index (2, E), ordered by target, then by distance, and cell_offsets (E, 3) in the dtype of `pos`. An atom
@@ -38,6 +40,7 @@ def build_graph(pos: Tensor, cell: Tensor, pbc: Tensor, *, cutoff: float, max_ne
         ValueError: the limits are not positive, coordinates are not finite or absurdly large, or the periodic
             lattice vectors are linearly dependent or absurdly short.
     """
+    max_neighbors = lists.NO_LIMIT if max_neighbors is None else max_neighbors
     if not cutoff > 0 or max_neighbors < 1:
         raise ValueError(f"cutoff {cutoff} and max_neighbors {max_neighbors} must be positive")
     points, box = pos.detach().cpu().double().numpy(), cell.detach().cpu().double().view(3, 3).numpy()

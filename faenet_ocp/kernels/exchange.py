@@ -29,10 +29,11 @@ BEYOND = 8
 def accelerate(model: nn.Module) -> None:
     """Give every FAENet inside a model its fast modules, in place; parameters and their names stay.
 
-    Forms without a faster one are left as they are, and so is what is accelerated already.
+    Forms without a faster one, and networks with an envelope, are left as they are, and so is what is
+    accelerated already.
     """
     for network in model.modules():
-        if isinstance(network, FAENet):
+        if isinstance(network, FAENet) and network.options.envelope == "none":
             filters = [getattr(block, "filter", None) for block in network.blocks]
             for module in filters:
                 _exchange(module, _FAST)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from faenet_ocp.models.base import Backbone, NodeFeatures
 from faenet_ocp.models.embedding import AtomEmbedding, EdgeEmbedding
 from faenet_ocp.models.functional import ACTIVATIONS
-from faenet_ocp.models.message_passing import BLOCKS, Graph, dense
+from faenet_ocp.models.message_passing import BLOCKS, Graph, dense, polynomial_envelope
 from faenet_ocp.models.options import FAENetOptions
 from faenet_ocp.targets import Target
 
@@ -58,10 +58,14 @@ class FAENet(Backbone):
         Raises:
             ValueError: an element that the model does not know, or tags are needed and missing.
         """
+        envelope = None
+        if self.options.envelope == "polynomial":
+            envelope = polynomial_envelope(torch.linalg.vector_norm(edge_vec, dim=1), self.options.cutoff)
         graph = Graph(
             source=edge_index[0],
             target=edge_index[1],
             edge_embedding=self.edge_embedding(edge_vec),  # e_ij, (E, F)
+            envelope=envelope,
             norm_batch=batch if self.options.graph_norm == "system" else None,
             num_systems=num_systems,
         )

@@ -41,7 +41,7 @@ class FrameAveragedModel(HydraModel):
         heads: dict[str, Any],
         frames: Mapping[str, Any] | None = None,
         cutoff: float = 6.0,
-        max_neighbors: int = 40,
+        max_neighbors: int | None = 40,
         pass_through_head_outputs: bool = False,
     ):
         super().__init__(backbone=backbone, heads=heads, pass_through_head_outputs=pass_through_head_outputs)
@@ -167,7 +167,7 @@ class ViewBatch:
         return value.new_zeros(rows, *value.shape[1:]).index_add(0, place, value)
 
 
-def with_graph(data: AtomicData, cutoff: float, max_neighbors: int) -> AtomicData:
+def with_graph(data: AtomicData, cutoff: float, max_neighbors: int | None) -> AtomicData:
     """The batch with edges from `graph.build_graph`, one system after the other."""
     edge_index, offsets, counts, first = [], [], [], 0
     positions, cells, pbc = data.pos.detach().cpu(), data.cell.detach().cpu(), data.pbc.cpu()

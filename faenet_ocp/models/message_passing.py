@@ -2,7 +2,7 @@
 
 With the edge embedding e_ij, the node embeddings h and a filter f_ij per edge (figure 1, Table 6):
 
-    m_i  = sum over edges j -> i of  f_ij * v_j          (elementwise)
+    m_i  = sum over edges j -> i of  f_ij * v_j          (elementwise; times the envelope, if there is one)
     h_i <- h_i + act(W2 act(W1 act(GraphNorm(m_i))))     W2 only with `complex_mp`
 
     mp_type            filter f_ij                  value v_j       Table 6
@@ -44,6 +44,7 @@ class Graph(NamedTuple):
         source: j of every edge, (E,).
         target: i of every edge, (E,).
         edge_embedding: e_ij, (E, F).
+        envelope: factor of the messages of every edge, (E, 1); None is one.
         norm_batch: system of every atom, (N,); None to normalise over all atoms of the batch.
         num_systems: B.
     """
@@ -51,6 +52,7 @@ class Graph(NamedTuple):
     source: Tensor
     target: Tensor
     edge_embedding: Tensor
+    envelope: Tensor | None
     norm_batch: Tensor | None
     num_systems: int
 
@@ -58,7 +60,18 @@ class Graph(NamedTuple):
 def sum_messages(filters: Tensor, values: Tensor, graph: Graph) -> Tensor:
     """m_i = sum over edges j -> i of f_ij * v_j: (E, M), (N, M) -> (N, M)."""
     messages = filters * values.index_select(0, graph.source)
+    if graph.envelope is not None:
+        messages = messages * graph.envelope
     return segment_sum(messages, graph.target, len(values))
+
+
+def polynomial_envelope(distances: Tensor, cutoff: float) -> Tensor:
+    """1 at distance 0, and 0 with its first two derivatives at the cutoff, (E,) -> (E, 1).
+
+    d u(d) of DimeNet, Gasteiger et al. 2020, equation (8), with p = 6.
+    """
+    x = (distances / cutoff).clamp(max=1).unsqueeze(1)
+    return 1 - x**6 * (28 - 48 * x + 21 * x**2)
 
 
 def dense(in_channels: int, out_channels: int, *, bias: bool = True) -> nn.Linear:
@@ -192,7 +205,10 @@ class LocalEnvConvolution(InteractionBlock):
 
     def update(self, m: Tensor, graph: Graph) -> Tensor:
         """Messages and local environment to hidden channels, (N, C); linear."""
-        local_env = segment_sum(graph.edge_embedding.to(m.dtype), graph.target, len(m))  # (N, F)
+        edges = graph.edge_embedding.to(m.dtype)
+        if graph.envelope is not None:
+            edges = edges * graph.envelope
+        local_env = segment_sum(edges, graph.target, len(m))  # (N, F)
         return self.lin_out(torch.cat([m, local_env], dim=1))
 
 

@@ -13,6 +13,7 @@ EDGE_EMBED_TYPES = ("all_rij", "rij", "sh", "all")
 MP_TYPES = ("base", "simple", "basic", "updownscale", "updownscale_base", "updown_local_env", "base_with_att", "att")
 ATTENTION = ("base_with_att", "att")
 GRAPH_NORMS = ("system", "batch", "none")
+ENVELOPES = ("none", "polynomial")
 SKIP_CONNECTIONS = ("concat", "add", "concat_atom", "none")
 ENERGY_HEADS = ("weighted-av-final-embeds", "weighted-av-initial-embeds", "sum")
 FORCE_DECODERS = ("mlp", "simple", "res", "res_updown")
@@ -58,6 +59,10 @@ class FAENetOptions(Options):
         mp_type: form of the messages (see `message_passing`).
         att_heads: attention heads of the `att` and `base_with_att` types.
         complex_mp: two layers instead of one in the update of an interaction block.
+        envelope: "polynomial" multiplies messages by a polynomial of the distance that is zero, with two derivatives,
+            at the cutoff: the energy is then smooth where neighbours come and go, if graphs are not cut by number
+            (`max_neighbors: null`). Not with attention, whose weights add up to one however far the neighbours are.
+            "none" (or false) is the paper's.
         graph_norm: GraphNorm of the messages, with statistics over each "system" (or true), over the whole "batch", or
             "none" (or false). "batch" is what the published code does, and is there for its weights: a prediction then
             depends on what else is in the batch.
@@ -80,6 +85,7 @@ class FAENetOptions(Options):
     mp_type: str = option("base", _one_of(MP_TYPES))
     att_heads: int = option(1, _at_least(1))
     complex_mp: bool = option(True, flag)
+    envelope: str | bool | None = option("none", _one_of(ENVELOPES, off="none"))
     graph_norm: str | bool = option("system", _one_of(GRAPH_NORMS, off="none", on="system"))
     skip_co: str | bool | None = option("concat", _skip_co)
     act: str = option("swish", _act)
@@ -91,6 +97,11 @@ class FAENetOptions(Options):
         if self.mp_type == "basic" and self.num_filters != self.hidden_channels:
             _warn(f"num_filters: {self.num_filters} has no effect with mp_type 'basic': it is hidden_channels there")
             self._set("num_filters", self.hidden_channels)
+        if self.envelope != "none" and self.mp_type in ATTENTION:
+            raise ValueError(
+                f"envelope: {self.envelope!r} does not make mp_type {self.mp_type!r} smooth; write envelope: none, or "
+                f"another mp_type than {' and '.join(ATTENTION)}"
+            )
         if self.phys_hidden_channels and not self.phys_embeds:
             _warn(f"phys_hidden_channels: {self.phys_hidden_channels} has no effect without phys_embeds")
         if self.graph_norm == "batch":
