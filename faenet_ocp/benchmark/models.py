@@ -25,6 +25,7 @@ from faenet_ocp.targets import TASKS
 from faenet_ocp.tasks.tasks import conservative_outputs, make_tasks
 
 Outputs = dict[str, Tensor]
+OC20_TASKS = ("is2re", "s2ef")
 _SMALL = {"num_filters": 32, "num_interactions": 2, "num_gaussians": 16}
 _SMALL |= {"hidden_channels": 48, "tag_hidden_channels": 8, "pg_hidden_channels": 8}
 _SCHNET: dict[str, dict[str, Any]] = {

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from faenet_ocp.benchmark import models
 from faenet_ocp.benchmark.data import load_in_each_way
 from faenet_ocp.benchmark.measure import measure
-from faenet_ocp.benchmark.models import Contender, Outputs
+from faenet_ocp.benchmark.models import OC20_TASKS, Contender, Outputs
 from faenet_ocp.benchmark.systems import make_batch, make_systems, read_systems, slab_sizes
 from faenet_ocp.common.files import software_versions
 from faenet_ocp.targets import TASKS
@@ -95,7 +95,7 @@ def run(settings: Settings, *, save: Callable[[dict[str, Any]], None]) -> dict[s
 # ------------------------------------------------------------------------------------ groups
 def _published(settings: Settings) -> Iterator[Group]:
     """Against the published package with the same weights; the difference of the outputs is shown."""
-    for task in TASKS:
+    for task in OC20_TASKS:
         try:
             reference = models.published(task, small=settings.small)
         except ImportError as error:
@@ -111,7 +111,7 @@ def _published(settings: Settings) -> Iterator[Group]:
 def _peers(settings: Settings) -> Iterator[Group]:
     """Against other models, random weights, one stochastic frame: what a user would run."""
     frames = {"method": "stochastic", "dim": 2, "group": "SE"}
-    for task in TASKS:
+    for task in OC20_TASKS:
         batch = settings.batch(task, min(settings.batch_size, _FEW))
         contenders = [models.schnet(task, amp=amp) for amp in (False, True)]
         contenders += [models.faenet(task, small=settings.small, frames=frames, amp=amp) for amp in (False, True)]

@@ -58,6 +58,8 @@ def find_files(source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
     items = [source] if isinstance(source, str | os.PathLike) else source
     paths = [path for item in items for path in matches(item)]
     files = [file for path in paths for file in (visible_files(path) if path.is_dir() else [path])]
+    if not files:
+        raise FileNotFoundError(f"there is no file in {', '.join(map(str, paths))}")
     doubled = [file for place, file in enumerate(files) if file in files[:place]] if len(files) < 1000 else []
     if doubled:
         raise ValueError(f"src means {doubled[0]} twice")
@@ -81,14 +83,8 @@ def matches(item: str | os.PathLike[str]) -> list[Path]:
 
 
 def visible_files(folder: Path) -> list[Path]:
-    """The files in a folder that are not hidden, in natural order.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
+    """The files in a folder that are not hidden, in natural order."""
     found = [path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")]
-    if not found:
-        raise FileNotFoundError(f"there is no file in the folder {folder}")
     return sorted(found, key=natural_order)
 
 

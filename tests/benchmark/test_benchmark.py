@@ -13,6 +13,7 @@ import torch
 from faenet_ocp.benchmark import models
 from faenet_ocp.benchmark.__main__ import main
 from faenet_ocp.benchmark.measure import measure
+from faenet_ocp.benchmark.models import OC20_TASKS
 from faenet_ocp.benchmark.systems import (
     LARGEST,
     SMALLEST,
@@ -23,7 +24,6 @@ from faenet_ocp.benchmark.systems import (
     slab_sizes,
 )
 from faenet_ocp.launch import cli
-from faenet_ocp.targets import TASKS
 
 GRAPH = {"cutoff": 6.0, "max_neighbors": 40}
 CPU = torch.device("cpu")
@@ -86,7 +86,7 @@ def test_peak_of_memory_is_seen() -> None:
 
 
 # ------------------------------------------------------------------------------------ models
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", OC20_TASKS)
 def test_published_weights_give_equal_outputs(task: str) -> None:
     if not all(importlib.util.find_spec(name) for name in ("faenet", "pandas")):
         pytest.skip("extra `reference` is not installed")
@@ -170,7 +170,7 @@ def test_peers_run(tmp_path: Path) -> None:
 def test_a_package_that_is_missing_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pandas", None)
     groups = _groups(tmp_path / "out.json", "published")
-    assert [group["task"] for group in groups] == list(TASKS)
+    assert [group["task"] for group in groups] == list(OC20_TASKS)
     assert all("pandas" in group["unavailable"] for group in groups)
     assert "not available: " in (tmp_path / "out.md").read_text()
 

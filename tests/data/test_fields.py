@@ -109,5 +109,5 @@ def test_atoms_that_no_record_could_hold_are_errors() -> None:
     atoms.positions[3] = atoms.positions[9] + atoms.cell[1]
     with pytest.raises(ValueError, match="has atoms 3 and 9 on one point"):
         atoms_to_data(atoms, cutoff=6.0, max_neighbors=30)
-    with pytest.raises(ValueError, match="has values in tags outside 0 to 2"):
+    with pytest.raises(ValueError, match="has tags that are not OC20's 0, 1 and 2, but 1, 2, 3, 4; tags: file takes"):
         atoms_to_data(fcc111("Cu", size=(1, 1, 4), vacuum=5.0), cutoff=6.0, max_neighbors=30)

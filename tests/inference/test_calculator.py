@@ -102,7 +102,7 @@ def test_energies_on_the_sample(checkpoints: dict[str, Path], oc20_sample: Path,
 
 def test_structures_do_not_depend_on_each_other(s2ef: State) -> None:
     predictor = Predictor(s2ef, precision="float64")
-    structures = [slab(0), molecule("H2O"), slab(1), slab(2, layers=4), ase.Atoms("O")]
+    structures = [slab(0), molecule("H2O", tags=2), slab(1), slab(2, layers=4), ase.Atoms("O", tags=[2])]
     for together, atoms in zip(predictor(structures), structures, strict=True):
         (alone,) = predictor([atoms])
         assert together.energy == pytest.approx(alone.energy, abs=1e-10)
@@ -337,10 +337,14 @@ def _nan() -> ase.Atoms:
         (_nan(), r"positions of atoms \[4\] are not finite"),
         (ase.Atoms("XH", positions=[[0, 0, 0], [1, 0, 0]], tags=[2, 2]), "does not know element 0"),
         (ase.Atoms(numbers=[8, 121], positions=[[0, 0, 0], [1, 0, 0]], tags=[2, 2]), "does not know element 121"),
-        (fcc111("Cu", (1, 1, 4), vacuum=5), r"tags \[3, 4\] are not among OC20's; set OC20's tags"),
+        (fcc111("Cu", (1, 1, 4), vacuum=5), r"has tags that are not OC20's 0, 1 and 2, but 1, 2, 3, 4; tags: file"),
+        (ase.Atoms("Cu", cell=[3] * 3, pbc=True), "has no tags, which the model needs; tags: file takes OC20's"),
         (ase.Atoms("Cu", cell=[3, 3, 0], pbc=True, tags=[1]), "span no cell"),
         (ase.Atoms("HCO", positions=[[2, 0, 0], [0, 0, 0], [0, 0, 0]], tags=2), "atoms 1 and 2 on one point"),
-        (ase.Atoms("Cu2", positions=np.diag([0, 3.6, 0])[:2], cell=[3.6] * 3, pbc=True), "atoms 0 and 1 on one point"),
+        (
+            ase.Atoms("Cu2", positions=np.diag([0, 3.6, 0])[:2], cell=[3.6] * 3, pbc=True, tags=1),
+            "atoms 0 and 1 on one",
+        ),
     ],
 )
 def test_structures_that_no_model_can_take(s2ef: State, atoms: ase.Atoms, message: str) -> None:
