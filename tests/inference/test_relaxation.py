@@ -544,6 +544,11 @@ def test_the_command_leaves_out_what_it_cannot_use(
     for number, atoms in enumerate(structures):
         ase.io.write(tmp_path / "in" / f"{number}.vasp", atoms, format="vasp")
     arguments = ["--checkpoint", str(checkpoint.parents[1]), "--input", str(tmp_path / "in"), "--max-steps", "0"]
+    with pytest.raises(
+        SystemExit, match=r"none .* usable; the first: .*has no tags, which the model needs; tags: file"
+    ):
+        script.main([*arguments, "--output", str(tmp_path / "untagged")])
+    arguments += ["--tags", "fixed", "--adsorbate", "metal"]
     with pytest.raises(SystemExit) as ending:
         script.main([*arguments, "--output", str(tmp_path / "out")])
     assert ending.value.code == 3
@@ -553,7 +558,7 @@ def test_the_command_leaves_out_what_it_cannot_use(
     assert "atoms 3 and 5 on one point" in left_out["reason"]
     for name, atoms in zip(("0.vasp", "1.vasp"), _frames(tmp_path / "out").values(), strict=True):
         given = ase.io.read(tmp_path / "in" / name)
-        given.calc = FAENetCalculator(checkpoint)
+        given.calc = FAENetCalculator(checkpoint, tags="fixed", adsorbate="metal")
         assert atoms.info["sid"] == name
         assert atoms.get_potential_energy() == pytest.approx(given.get_potential_energy(), abs=1e-5)
         np.testing.assert_allclose(atoms.get_forces(), given.get_forces(), rtol=0, atol=1e-5)
