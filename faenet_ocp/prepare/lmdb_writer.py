@@ -136,7 +136,7 @@ class LmdbShardWriter:
         if self._env is None:
             return
         try:
-            put_all(self._env, [*self._batch, (b"length", pickle.dumps(self._length, pickle.HIGHEST_PROTOCOL))])
+            put_all(self._env, [*self._batch, self._last_item()])
             self._env.sync(True)
             self._env.close()
             self._refuse_existing()
@@ -145,6 +145,10 @@ class LmdbShardWriter:
             self._abort()
             raise
         self._env = None
+
+    def _last_item(self) -> tuple[bytes, bytes]:
+        """Says how many records there are."""
+        return b"length", pickle.dumps(self._length, pickle.HIGHEST_PROTOCOL)
 
     def _abort(self) -> None:
         """Discards what was written and leaves the shard's name alone; when closed: nothing."""

@@ -23,13 +23,29 @@ from faenet_ocp.data.fields import Fields
 from faenet_ocp.data.lmdb_files import PACKED_KEY, LmdbFile, resolve_files
 from faenet_ocp.data.packed import LEFT_OUT, PackedFile, decode_packed, encode_packed, prepare_edges, write_header
 from faenet_ocp.data.records import decode_record
-from faenet_ocp.prepare.lmdb_writer import open_to_write, put_all, write_metadata
+from faenet_ocp.prepare.lmdb_writer import LmdbShardWriter, open_to_write, put_all, write_metadata
 
 logger = logging.getLogger(__name__)
 
 _SOURCE_KEY = b"source"
 LOCK_NAME = ".packing.lock"
 _RECORDS_PER_TASK = 64
+
+
+class PackedShardWriter(LmdbShardWriter):
+    """Writes a packed file from what ``data.packed.encode_packed`` returns, without an LMDB file in between.
+
+    Args:
+        path, overwrite: as in ``LmdbShardWriter``.
+        source: what it is made from, plain JSON; stands in its header.
+    """
+
+    def __init__(self, path: str | Path, *, source: dict[str, Any], overwrite: bool = False) -> None:
+        super().__init__(path, overwrite=overwrite)
+        self._source = source
+
+    def _last_item(self) -> tuple[bytes, bytes]:
+        return PACKED_KEY, write_header(count=len(self), source=self._source)
 
 
 def pack(data_path: str | Path, out_path: str | Path, *, num_workers: int = 1) -> int:
