@@ -11,9 +11,9 @@ from typing import Any
 MAY_CHANGE = {
     # Where the data lie and how they are stored; that they are the same data is checked by their content.
     "dataset": "root format train.src val.*.src test.*",
-    # The learning rate is a function of the step and of these.
+    # The learning rate is a function of the step, of these, and of what the metrics were.
     "optim": "lr_initial weight_decay scheduler warmup_steps warmup_factor lr_min_factor max_epochs max_steps "
-    "clip_grad_norm skip_nonfinite "
+    "multistep.* plateau.* early_stopping.* clip_grad_norm skip_nonfinite "
     # When and how things happen.
     "grad_accumulation balance eval_batch_size eval_every eval_every_epochs checkpoint_every keep_checkpoints "
     "num_workers worker_context on_write_error",

@@ -156,6 +156,30 @@ class EvaluationConfig(_Section):
         return [*([self.primary_metric.metric] if self.primary_metric.metric else []), *full]
 
 
+class MultistepConfig(_Section):
+    """`optim.multistep:` the learning rate is multiplied by `gamma` at each of these steps."""
+
+    milestones: list[Annotated[int, Field(ge=1)]]
+    gamma: float = Field(default=0.1, gt=0, lt=1)
+
+
+class PlateauConfig(_Section):
+    """`optim.plateau:` the learning rate is multiplied by `factor` after more than `patience` evaluations that did not
+    improve a metric of the primary split (by 1e-4 of it; default: the primary metric), but not below `min_lr`."""
+
+    factor: float = Field(default=0.9, gt=0, lt=1)
+    patience: int = Field(default=10, ge=0)
+    min_lr: float = Field(default=0.0, ge=0)
+    metric: str | None = None
+
+
+class EarlyStoppingConfig(_Section):
+    """`optim.early_stopping:` training ends after so many evaluations without a better primary metric."""
+
+    patience: int = Field(ge=1)
+    min_epochs: int = Field(default=0, ge=0)
+
+
 class OptimConfig(_Section):
     """`optim:` optimiser, schedule, batches and how often things happen.
 
@@ -173,7 +197,10 @@ class OptimConfig(_Section):
     optimizer_params: dict[str, Any] = {}
     lr_initial: float = Field(gt=0)
     weight_decay: float = Field(default=0.01, ge=0)
-    scheduler: Literal["linear_warmup_cosine", "constant"] = "linear_warmup_cosine"
+    scheduler: Literal["linear_warmup_cosine", "multistep", "reduce_on_plateau", "constant"] = "linear_warmup_cosine"
+    multistep: MultistepConfig | None = None
+    plateau: PlateauConfig | None = None
+    early_stopping: EarlyStoppingConfig | None = None
     warmup_steps: int = Field(default=0, ge=0)
     warmup_factor: float = Field(default=0.2, ge=0, le=1)
     lr_min_factor: float = Field(default=0.0, ge=0, le=1)
@@ -193,6 +220,19 @@ class OptimConfig(_Section):
     num_workers: int = Field(default=2, ge=0)
     worker_context: Literal["fork", "spawn"] = "fork"
     on_write_error: Literal["stop", "warn"] = "stop"
+
+    @model_validator(mode="after")
+    def _of_the_scheduler(self) -> "OptimConfig":
+        """Settings of other schedulers would be ignored."""
+        if self.scheduler == "multistep" and self.multistep is None:
+            raise ValueError("optim.multistep: missing; scheduler multistep needs its milestones (steps) and gamma")
+        if self.multistep is not None and self.scheduler != "multistep":
+            raise ValueError(f"optim.multistep: has no effect with scheduler {self.scheduler}")
+        if self.plateau is not None and self.scheduler != "reduce_on_plateau":
+            raise ValueError(f"optim.plateau: has no effect with scheduler {self.scheduler}")
+        if self.lr_min_factor and self.scheduler != "linear_warmup_cosine":
+            raise ValueError(f"optim.lr_min_factor: has no effect with scheduler {self.scheduler}")
+        return self
 
 
 class LoggerConfig(_Section):
@@ -307,6 +347,7 @@ class Config(_Section):
         for name in self.evaluation_metrics.names:
             if name not in metrics:
                 raise ValueError(f"evaluation_metrics: unknown metric {name!r}{nearest(name, list(metrics))}")
+        self._check_what_follows_metrics(list(metrics))
         split = self.evaluation_metrics.primary_metric.split
         if self.dataset.val and split not in self.dataset.val:
             key, known = "evaluation_metrics.primary_metric.split", ", ".join(self.dataset.val)
@@ -314,6 +355,17 @@ class Config(_Section):
         if self.job.amp and self.job.precision == "float64":
             raise ValueError("job.amp: bfloat16 autocast and job.precision: float64 exclude each other")
         return self
+
+    def _check_what_follows_metrics(self, metrics: list[str]) -> None:
+        """Schedules and stopping by a metric need evaluations."""
+        optim = self.optim
+        metric = optim.plateau.metric if optim.plateau else None
+        if metric is not None and metric not in metrics:
+            raise ValueError(f"optim.plateau.metric: unknown metric {metric!r}{nearest(metric, metrics)}")
+        needing = ["optim.early_stopping"] if optim.early_stopping else []
+        needing += ["optim.scheduler: reduce_on_plateau"] if optim.scheduler == "reduce_on_plateau" else []
+        if needing and not self.dataset.val:
+            raise ValueError(f"{needing[0]}: follows a metric of a validation split, but dataset.val has none")
 
     def _set_primary_metric(self) -> None:
         """Fills in the defaults, so that config.yml says what they are."""
