@@ -9,22 +9,20 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 
 from faenet_ocp.common.checks import nearest
 from faenet_ocp.common.files import expand_path
 from faenet_ocp.config.messages import explain
+from faenet_ocp.config.ocp1 import in_our_words, is_ocp1
+from faenet_ocp.config.optim import OptimConfig, Section
 from faenet_ocp.targets import TASKS, Target, metrics_of, resolve
 
 PathText = Annotated[str, AfterValidator(expand_path)]
 """A path in which `~` and environment variables mean what they mean to a shell."""
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-
-class FramesConfig(_Section):
+class FramesConfig(Section):
     """`frames:` how symmetry is imposed on the data (paper, section 3).
 
     `eval_method` (default: the same as `method`, or none for data augmentation) is used in evaluation and prediction.
@@ -43,7 +41,7 @@ class FramesConfig(_Section):
         return "none" if self.method == "data_augmentation" else self.method
 
 
-class SourceConfig(_Section):
+class SourceConfig(Section):
     """Where one split lies: a file, a folder of shards, a glob, or a list of these, below `dataset.root`.
 
     A validation split can be `from_train` instead: this share of the training set's systems, chosen by `job.seed` and
@@ -60,7 +58,7 @@ class SourceConfig(_Section):
         return self
 
 
-class DatasetConfig(_Section):
+class DatasetConfig(Section):
     """`dataset:` the data, one entry for each split; `null` in place of an entry drops that of an included file.
 
     A sample that cannot be read or used ends the run; `--mode check` lists all of them. `tags` (format ase): what a
@@ -70,13 +68,13 @@ class DatasetConfig(_Section):
     name: str = "OC20"
     root: PathText = "data"
     format: str = "oc20_lmdb"
-    key_mapping: dict[str, str] = {}
+    key_mapping: dict[str, str] = Field(default={})
     edges: Literal["stored", "recompute"] = "stored"
     tags: Literal["file", "fixed", "none"] | None = None
-    transforms: dict[str, dict[str, Any] | Literal[False] | None] = {}
+    transforms: dict[str, dict[str, Any] | Literal[False] | None] = Field(default={})
     train: SourceConfig | None = None
-    val: dict[str, SourceConfig] = {}
-    test: dict[str, SourceConfig] = {}
+    val: dict[str, SourceConfig] = Field(default={})
+    test: dict[str, SourceConfig] = Field(default={})
 
     @field_validator("val", "test", mode="before")
     @classmethod
@@ -95,14 +93,14 @@ class DatasetConfig(_Section):
         return self
 
 
-class NormalizerConfig(_Section):
+class NormalizerConfig(Section):
     """Targets are trained as (target - mean) / stdev."""
 
     mean: float = 0.0
     stdev: float = Field(default=1.0, gt=0)
 
 
-class OutputConfig(_Section):
+class OutputConfig(Section):
     """`outputs.<name>:` one predicted property.
 
     A scalar of systems that is not in `targets.TARGETS` is predicted beside those of the task once its `unit` is given.
@@ -120,7 +118,7 @@ class OutputConfig(_Section):
     eval_from: Literal["prediction", "energy_gradient"] = "prediction"
 
 
-class LossConfig(_Section):
+class LossConfig(Section):
     """One term of the loss, eq. (9), from `start_epoch` on."""
 
     fn: Literal["mae", "mse", "l2mae"] = "mae"
@@ -128,7 +126,7 @@ class LossConfig(_Section):
     start_epoch: int = Field(default=0, ge=0)
 
 
-class PrimaryMetricConfig(_Section):
+class PrimaryMetricConfig(Section):
     """What `best` means: the checkpoint with the lowest (or, for within-threshold metrics, highest) value.
 
     Default: the first metric of the first target, on val_id or, where there is none, on the first split.
@@ -138,13 +136,13 @@ class PrimaryMetricConfig(_Section):
     metric: str | None = None
 
 
-class EvaluationConfig(_Section):
+class EvaluationConfig(Section):
     """`evaluation_metrics:` which metrics are reported, and which one chooses the best checkpoint.
 
     Evaluations during training use `max_systems` systems of each split, a fixed random subset; the final one uses all.
     """
 
-    metrics: dict[str, list[str]] = {}
+    metrics: dict[str, list[str]] = Field(default={})
     primary_metric: PrimaryMetricConfig = PrimaryMetricConfig()
     max_systems: int | None = Field(default=None, ge=1)
 
@@ -156,86 +154,7 @@ class EvaluationConfig(_Section):
         return [*([self.primary_metric.metric] if self.primary_metric.metric else []), *full]
 
 
-class MultistepConfig(_Section):
-    """`optim.multistep:` the learning rate is multiplied by `gamma` at each of these steps."""
-
-    milestones: list[Annotated[int, Field(ge=1)]]
-    gamma: float = Field(default=0.1, gt=0, lt=1)
-
-
-class PlateauConfig(_Section):
-    """`optim.plateau:` the learning rate is multiplied by `factor` after more than `patience` evaluations that did not
-    improve a metric of the primary split (by 1e-4 of it; default: the primary metric), but not below `min_lr`."""
-
-    factor: float = Field(default=0.9, gt=0, lt=1)
-    patience: int = Field(default=10, ge=0)
-    min_lr: float = Field(default=0.0, ge=0)
-    metric: str | None = None
-
-
-class EarlyStoppingConfig(_Section):
-    """`optim.early_stopping:` training ends after so many evaluations without a better primary metric."""
-
-    patience: int = Field(ge=1)
-    min_epochs: int = Field(default=0, ge=0)
-
-
-class OptimConfig(_Section):
-    """`optim:` optimiser, schedule, batches and how often things happen.
-
-    `batch_size` counts systems over all ranks and accumulation steps. Up to `skip_nonfinite` steps whose gradient is
-    not finite are left out (and kept in `failures/`) before the run stops. A checkpoint is saved at every evaluation
-    and after every `checkpoint_every` steps. A checkpoint or metric that cannot be written (disk full, folder gone)
-    ends the run, or with `on_write_error: warn` is left out.
-
-    Every training sample is used once an epoch: nothing is dropped or repeated, batch sizes differ by at most one.
-    Ranks get equally many systems of a batch; with `balance: atoms` those of about equally many atoms. `worker_context:
-    spawn` starts loader workers afresh instead of by forking (slower; where forking is not safe).
-    """
-
-    optimizer: str = "AdamW"
-    optimizer_params: dict[str, Any] = {}
-    lr_initial: float = Field(gt=0)
-    weight_decay: float = Field(default=0.01, ge=0)
-    scheduler: Literal["linear_warmup_cosine", "multistep", "reduce_on_plateau", "constant"] = "linear_warmup_cosine"
-    multistep: MultistepConfig | None = None
-    plateau: PlateauConfig | None = None
-    early_stopping: EarlyStoppingConfig | None = None
-    warmup_steps: int = Field(default=0, ge=0)
-    warmup_factor: float = Field(default=0.2, ge=0, le=1)
-    lr_min_factor: float = Field(default=0.0, ge=0, le=1)
-    batch_size: int = Field(ge=1)
-    eval_batch_size: int | None = Field(default=None, ge=1)
-    grad_accumulation: int = Field(default=1, ge=1)
-    max_epochs: int = Field(ge=1)
-    max_steps: int | None = Field(default=None, ge=1)
-    clip_grad_norm: float | None = Field(default=None, gt=0)
-    ema_decay: float | None = Field(default=None, gt=0, lt=1)
-    eval_every: int | None = Field(default=None, ge=1)
-    eval_every_epochs: int | None = Field(default=1, ge=1)
-    checkpoint_every: int | None = Field(default=None, ge=1)
-    keep_checkpoints: int = Field(default=2, ge=1)
-    skip_nonfinite: int = Field(default=0, ge=0)
-    balance: Literal["systems", "atoms"] = "systems"
-    num_workers: int = Field(default=2, ge=0)
-    worker_context: Literal["fork", "spawn"] = "fork"
-    on_write_error: Literal["stop", "warn"] = "stop"
-
-    @model_validator(mode="after")
-    def _of_the_scheduler(self) -> "OptimConfig":
-        """Settings of other schedulers would be ignored."""
-        if self.scheduler == "multistep" and self.multistep is None:
-            raise ValueError("optim.multistep: missing; scheduler multistep needs its milestones (steps) and gamma")
-        if self.multistep is not None and self.scheduler != "multistep":
-            raise ValueError(f"optim.multistep: has no effect with scheduler {self.scheduler}")
-        if self.plateau is not None and self.scheduler != "reduce_on_plateau":
-            raise ValueError(f"optim.plateau: has no effect with scheduler {self.scheduler}")
-        if self.lr_min_factor and self.scheduler != "linear_warmup_cosine":
-            raise ValueError(f"optim.lr_min_factor: has no effect with scheduler {self.scheduler}")
-        return self
-
-
-class LoggerConfig(_Section):
+class LoggerConfig(Section):
     """`logger:` a name or a mapping with the logger's own settings; the default needs no account."""
 
     name: Literal["tensorboard", "wandb", "none"] = "tensorboard"
@@ -244,7 +163,7 @@ class LoggerConfig(_Section):
     mode: Literal["online", "offline", "disabled"] = "online"
 
 
-class JobConfig(_Section):
+class JobConfig(Section):
     """`job:` the run itself; each key has a command line flag of the same name."""
 
     run_dir: PathText = "runs"
@@ -267,7 +186,7 @@ class JobConfig(_Section):
         return value
 
 
-class SlurmConfig(_Section):
+class SlurmConfig(Section):
     """`slurm:` what `--submit` asks SLURM for; nodes and GPUs (= ranks) on each come from `job:`.
 
     `time` is in SLURM's own format (`"12:00:00"`, `"2-00"`, `"90"`: minutes); a run that reaches it saves and goes back
@@ -282,7 +201,7 @@ class SlurmConfig(_Section):
     time: str = "24:00:00"
     mem_gb: float = Field(default=80, gt=0)
     cpus_per_task: int = Field(default=8, ge=1)
-    additional_parameters: dict[str, str | int | float | bool] = {}
+    additional_parameters: dict[str, str | int | float | bool] = Field(default={})
     max_timeouts: int = Field(default=100, ge=0)
     rendezvous: Literal["file", "tcp"] = "file"
 
@@ -294,7 +213,7 @@ class SlurmConfig(_Section):
         return value
 
 
-class Config(_Section):
+class Config(Section):
     """The whole configuration of a run; `model` is checked against the registered model's constructor.
 
     A task predicts its own properties (`targets.TASKS`) and what else `outputs` names; `null` there drops one.
@@ -305,8 +224,8 @@ class Config(_Section):
     dataset: DatasetConfig
     model: dict[str, Any]
     frames: FramesConfig = FramesConfig(method="none")
-    outputs: dict[str, OutputConfig | None] = {}
-    loss_functions: list[dict[str, LossConfig]] = []
+    outputs: dict[str, OutputConfig | None] = Field(default={})
+    loss_functions: list[dict[str, LossConfig]] = Field(default=[])
     evaluation_metrics: EvaluationConfig = EvaluationConfig()
     optim: OptimConfig
     logger: LoggerConfig = LoggerConfig()
@@ -404,8 +323,13 @@ def build_config(raw: Mapping[str, Any]) -> Config:
     """Validates a merged mapping.
 
     Raises:
-        ValueError: every wrong key and value, one a line, each with its dotted path.
+        ValueError: every wrong key and value, one a line, each with its dotted path; or the same settings in this
+            package's words, where they are in OCP 1.x's.
     """
+    if is_ocp1(raw):
+        raise ValueError(
+            f"this is a configuration of OCP 1.x; the same settings here, ready to paste:\n\n{in_our_words(raw)}"
+        )
     try:
         return Config.model_validate(dict(raw))
     except ValidationError as error:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from faenet_ocp.config.schema import OptimConfig, PlateauConfig
+from faenet_ocp.config.optim import OptimConfig, PlateauConfig
 
 _Tensors = tuple[Tensor, ...] | list[Tensor]
 

@@ -15,8 +15,7 @@ from fairchem.core.common import distutils
 from numpy.typing import NDArray
 from omegaconf import DictConfig
 from torch.utils.data import DataLoader, Dataset
-from torchtnt.framework import State, train
-from torchtnt.framework.callback import Callback
+from torchtnt.framework import train
 
 from faenet_ocp import build
 from faenet_ocp.checkpoint import (
@@ -44,6 +43,7 @@ from faenet_ocp.tasks.references import (
     statistics_sample,
 )
 from faenet_ocp.tasks.tasks import load_tasks_state, make_tasks, needs_fit, tasks_state
+from faenet_ocp.training.hooks import Hooks
 from faenet_ocp.training.loggers import MetricLogger
 from faenet_ocp.training.optim import Plateau
 from faenet_ocp.training.start import announce_shifts, check_statistics, fingerprints
@@ -92,7 +92,7 @@ class TrainingRun:
         try:
             if not self.ends_early():
                 train(
-                    self.unit, loader, max_epochs=optim.max_epochs, max_steps=optim.max_steps, callbacks=[_Hooks(self)]
+                    self.unit, loader, max_epochs=optim.max_epochs, max_steps=optim.max_steps, callbacks=[Hooks(self)]
                 )
         finally:
             self.stepping = False
@@ -357,50 +357,3 @@ class TrainingRun:
         if distutils.is_master():
             write_json(path, {"training_set": key, "fit": fits_to_dict(fits)})
         return fits
-
-
-class _Hooks(Callback):
-    """When to evaluate and save."""
-
-    def __init__(self, run: TrainingRun):
-        self.run, self.optim = run, run.config.optim
-        self.epoch_start: float | None = None
-        self.paused = 0.0
-
-    def on_train_epoch_start(self, state: State, unit: Any) -> None:
-        self.epoch_start, self.paused = time.perf_counter(), 0.0
-
-    def on_train_step_end(self, state: State, unit: Any) -> None:
-        before, step = time.perf_counter(), unit.train_progress.num_steps_completed
-        if unit.train_progress.num_steps_completed_in_epoch == unit.steps_per_epoch:
-            return  # the end of the epoch does it
-        if self.optim.eval_every and step % self.optim.eval_every == 0:
-            self.run.evaluate_and_save()
-        elif unit.stopping or (self.optim.checkpoint_every and step % self.optim.checkpoint_every == 0):
-            self.run.save()
-        self.paused += time.perf_counter() - before
-        self._stop_if_asked(state, unit)
-
-    def on_train_epoch_end(self, state: State, unit: Any) -> None:
-        if state.should_stop:
-            return  # within the epoch, after an evaluation
-        if self.epoch_start is not None:  # an epoch that a resumed run only finished is not timed
-            self.run.epoch_seconds.append(time.perf_counter() - self.epoch_start - self.paused)
-            self.epoch_start = None
-        progress = unit.train_progress
-        every, done = self.optim.eval_every_epochs, progress.num_epochs_completed >= self.optim.max_epochs
-        stopped = self.optim.max_steps is not None and progress.num_steps_completed >= self.optim.max_steps
-        due = self.optim.eval_every and progress.num_steps_completed % self.optim.eval_every == 0
-        if done or stopped or due or (every and progress.num_epochs_completed % every == 0):
-            self.run.evaluate_and_save()
-        else:
-            self.run.save()
-        self._stop_if_asked(state, unit)
-
-    def _stop_if_asked(self, state: State, unit: Any) -> None:
-        if self.run.ends_early():
-            state.stop()
-        if unit.stopping:
-            if distutils.is_master():
-                logging.warning("stopped; the same command goes on from %s", self.run.checkpoints / "last.pt")
-            raise SystemExit(self.run.stop_code)

@@ -25,7 +25,7 @@ from torch.optim.swa_utils import AveragedModel
 from torchtnt.framework import State
 from tqdm import tqdm
 
-from faenet_ocp.config.schema import OptimConfig
+from faenet_ocp.config.optim import OptimConfig
 from faenet_ocp.data.loader import Batches
 from faenet_ocp.evaluation import log_names
 from faenet_ocp.tasks.losses import SummedLoss, loss_mask, task_loss

@@ -10,7 +10,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 import processes
 from faenet_ocp.checkpoint import load_checkpoint
-from faenet_ocp.config.schema import OptimConfig
+from faenet_ocp.config.optim import OptimConfig
 from faenet_ocp.launch.cli import main
 from faenet_ocp.training.optim import Plateau, learning_rate_schedule
 
