@@ -25,6 +25,7 @@ class Metric:
         higher_is_better: direction.
         digits: decimals in tables.
         milli: tables and plots show thousandths of the unit.
+        beside: another target that has to be predicted, too.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Metric:
     higher_is_better: bool = False
     digits: int = 4
     milli: bool = False
+    beside: str | None = None
 
     @property
     def scale(self) -> float:
@@ -127,7 +129,9 @@ TARGETS: dict[str, Target] = {
             Metric("forces_mae", "eV/A", title="Force MAE", digits=1, milli=True),
             Metric("forces_cosine_similarity", "1", title="Force cosine", higher_is_better=True, digits=3),
             Metric("forces_magnitude_error", "eV/A", title="Magnitude error", digits=1, milli=True),
-            Metric("energy_forces_within_threshold", "%", title="EFwT", higher_is_better=True, digits=2),
+            Metric(
+                "energy_forces_within_threshold", "%", title="EFwT", higher_is_better=True, digits=2, beside="energy"
+            ),
         ),
         threshold=0.03,
         aliases=("forces", "force"),
@@ -168,7 +172,9 @@ def resolve(name: str, *, level: str | None = None, unit: str | None = None) -> 
 
 def metrics_of(targets: Iterable[Target]) -> dict[str, Metric]:
     """All metrics of some targets by name, in their order."""
-    return {metric.name: metric for target in targets for metric in target.metrics}
+    targets = list(targets)
+    beside = {None, *(target.name for target in targets)}
+    return {metric.name: metric for target in targets for metric in target.metrics if metric.beside in beside}
 
 
 def targets_of(units: Mapping[str, str]) -> list[Target]:

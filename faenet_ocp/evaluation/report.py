@@ -77,6 +77,7 @@ def render_table(results: Mapping[str, Any]) -> str:
     further = [metric for metric in metrics.values() if metric.title and metric not in main]
     rows, has_average = _rows(results), results["average"] is not None
     papers = [_paper_row(results)] if results["oc20"] else []
+    rows = [row for row in rows if row.has(main)]
     tables = [_table([*rows, *papers], _time_columns() + _split_columns(main, _ordered(results), average=has_average))]
     if results["task"] == "s2ef" and has_average:
         papers = [_paper_row(results, energy_average=_PAPER_TABLE1_ENERGY)] if results["oc20"] else []

@@ -209,9 +209,10 @@ class _Collector:
         for baseline in self.baselines:
             for row, values in baseline.compute(split).items():
                 result.baselines[row] = result.baselines.get(row, {}) | values
-        if self.baselines:
-            for vector in self.vectors.values():
-                result.baselines["mean_predictor"] |= vector.zero_baseline()
+        for vector in self.vectors.values():
+            if self.baselines or not self.scalars:
+                zero = vector.zero_baseline()
+                result.baselines["mean_predictor"] = result.baselines.get("mean_predictor", {}) | zero
         for name in self.scalars:
             result.pairs[name] = _gather(self.pairs[name])
         for name in self.vectors:
