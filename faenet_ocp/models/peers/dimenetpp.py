@@ -1,4 +1,4 @@
-"""DimeNet++: messages between edges with angles (Gasteiger et al. 2020, arXiv:2011.14115), on PyTorch Geometric's blocks.
+"""DimeNet++: messages between edges, with angles (Gasteiger et al., arXiv:2011.14115), on PyTorch Geometric's blocks.
 
     m_ji <- f(m_ji, sum_k g(m_kj, d_kj, angle kji)),     E = sum_i MLP(sum_j gate(d_ji) * m_ji), over all blocks
 
