@@ -195,6 +195,8 @@ def make_model(config: Config) -> FrameAveragedModel:
     heads, head_options = config.model.get("heads"), set[str]()
     if heads is None:
         heads, head_options = _default_heads(name, cls, config, options)
+        if "gradient" in config.losses and "forces" not in heads:
+            raise ValueError(f"loss_functions.gradient: the forces of {name} are -dE/dX already")
     allowed = parameters(cls)
     backbone = {key: value for key, value in options.items() if allowed is None or key in allowed}
     known = {*(options if allowed is None else allowed), *_GRAPH, *head_options}
