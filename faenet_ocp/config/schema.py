@@ -132,8 +132,8 @@ class PrimaryMetricConfig(Section):
     Default: the first metric of the first target, on val_id or, where there is none, on the first split.
     """
 
-    split: str | None = None
-    metric: str | None = None
+    split: str = ""
+    metric: str = ""
 
 
 class EvaluationConfig(Section):

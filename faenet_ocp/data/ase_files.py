@@ -39,7 +39,7 @@ from faenet_ocp.data.lmdb_files import LmdbFile, natural_order
 from faenet_ocp.data.oc20 import OC20LmdbDataset
 from faenet_ocp.data.tags import CHOICES
 
-_COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+_COMPRESSED: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _DATABASES = ("db", "json", "aselmdb")
 
 

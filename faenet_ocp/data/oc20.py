@@ -256,7 +256,8 @@ class OC20LmdbDataset(BaseDataset[AtomicData]):
         cache = None if folder is None else Path(folder) / f"{name}-{key}.npy"
         if cache is not None and cache.is_file():
             return np.load(cache, allow_pickle=False)
-        found, bar = [], tqdm(total=self._ends[-1], desc=f"{name} of all systems", unit="system", delay=2.0)
+        found: list[str] = []
+        bar = tqdm(total=self._ends[-1], desc=f"{name} of all systems", unit="system", delay=2.0)
         for file in self.files:
             for position in range(len(file)):
                 try:

@@ -36,7 +36,7 @@ def structures(count: int, seed: int = 0) -> list[Atoms]:
         atoms.info, atoms.pbc = {"sid": f"slab{number // 3}"}, (True, True, False)  # three frames of each system
         atoms.rattle(0.1, seed=100 * seed + number)
         atoms.set_constraint(FixAtoms(np.flatnonzero(atoms.get_tags() == 0)))
-        atoms.set_tags(0)
+        del atoms.arrays["tags"]
         atoms.calc = EMT()
         results = {"energy": atoms.get_potential_energy(), "forces": atoms.get_forces(apply_constraint=False)}
         atoms.calc = SinglePointCalculator(atoms, **results)

@@ -65,8 +65,8 @@ class DimeNetPlusPlus(Backbone):
         self.sbf = SphericalBasisLayer(given.num_spherical, given.num_radial, given.cutoff)
         self.embedding = EmbeddingBlock(given.num_radial, given.hidden_channels, silu)
         self.embedding.emb = ElementEmbedding(given.hidden_channels)
-        sizes = (given.hidden_channels, given.int_emb_size, given.basis_emb_size, given.num_spherical)
-        sizes += (given.num_radial, given.num_before_skip, given.num_after_skip)
+        sizes = [given.hidden_channels, given.int_emb_size, given.basis_emb_size, given.num_spherical]
+        sizes += [given.num_radial, given.num_before_skip, given.num_after_skip]
         self.interactions = nn.ModuleList(InteractionPPBlock(*sizes, silu) for _ in range(given.num_blocks))
         gates = [nn.Linear(given.num_radial, given.hidden_channels, bias=False) for _ in range(given.num_blocks + 1)]
         self.gates = nn.ModuleList(gates)

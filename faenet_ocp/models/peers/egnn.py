@@ -86,7 +86,7 @@ class Block(nn.Module):
         self.weight = nn.Linear(channels, 1) if attention else None
         self.phi_x = mlp(channels, channels, 2)  # of moves, and of forces
         with torch.no_grad():
-            self.phi_x[-1].weight[0] *= _SMALL  # type: ignore[index, union-attr]
+            list(self.phi_x.parameters())[-2][0] *= _SMALL  # the last weight
         self.phi_h = mlp(2 * channels, channels, channels)
 
     def forward(self, h: Tensor, edge_vec: Tensor, edge_index: Tensor, degree: Tensor) -> tuple[Tensor, Tensor, Tensor]:
