@@ -79,14 +79,9 @@ def calculator(model: dict[str, Any], frames: str) -> Any:
     from faenet_ocp.config.schema import build_config
     from faenet_ocp.tasks.tasks import make_tasks, tasks_state
 
-    small: dict[str, Any] = {
-        "hidden_channels": 64,
-        "num_filters": 64,
-        "num_interactions": 3,
-        "num_gaussians": 50,
-        "phys_embeds": False,
-    }
-    small |= {"tag_hidden_channels": 8, "pg_hidden_channels": 8, "skip_co": "none", "mp_type": "updownscale_base"}
+    small: dict[str, Any] = {"hidden_channels": 64, "num_filters": 64, "num_interactions": 3, "num_gaussians": 50}
+    small |= {"tag_hidden_channels": 8, "pg_hidden_channels": 8, "phys_embeds": False}
+    small |= {"skip_co": "none", "mp_type": "updownscale_base"}
     config = build_config(
         {
             "trainer": "faenet",

@@ -69,9 +69,19 @@ def register_network(name: str) -> Callable[[type[Backbone]], type[Backbone]]:
     return register
 
 
-FAENetBackbone = register_network("faenet")(FAENet)
-for _name, _network in {"schnet": SchNet, "dimenetpp": DimeNetPlusPlus, "painn": PaiNN, "egnn": EGNN}.items():
-    register_network(_name)(_network)
+def _register(name: str, network: type[Backbone]) -> type[Backbone]:
+    """One of this package's: the network keeps its name, the model has another, under which pickles find it."""
+    model = register_network(name)(network)
+    model.__module__, model.__name__ = __name__, f"{network.__name__}Backbone"
+    model.__qualname__ = model.__name__
+    return model
+
+
+FAENetBackbone = _register("faenet", FAENet)
+SchNetBackbone = _register("schnet", SchNet)
+DimeNetPlusPlusBackbone = _register("dimenetpp", DimeNetPlusPlus)
+PaiNNBackbone = _register("painn", PaiNN)
+EGNNBackbone = _register("egnn", EGNN)
 
 
 @registry.register_model("scalar_head")
