@@ -2,8 +2,8 @@
 
     python scripts/energy_drift.py [--steps 1000] [--output docs/benchmarks/energy_drift.json]
 
-Networks with random weights, with the cutoff and the number of neighbours of the paper and with a smooth envelope, with
-and without canonical frames. Random weights say nothing of real forces: what is shown is whether the surface is smooth.
+Networks with random weights, with the cutoff and the number of neighbours of the paper and with a smooth envelope,
+without frames and with canonical and full ones. Random weights say nothing of real forces: what is shown is whether the surface is smooth.
 """
 
 import argparse
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
 
     rows = [
         {"model": name, "frames": frames, "time_step_fs": step, **drift(model, frames, step, args.steps)}
-        for frames in ("none", "canonical")
+        for frames in ("none", "canonical", "full")
         for name, model in MODELS.items()
         for step in TIME_STEPS
     ]

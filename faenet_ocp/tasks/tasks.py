@@ -146,7 +146,8 @@ def energy_gradient_forces(
 
 def has_no_forces_of_its_own(model: nn.Module, tasks: Sequence[Task]) -> bool:
     """Whether forces are asked for that the model has no head for: they are -dE/dX."""
-    return any(task.name == "forces" for task in tasks) and "forces" not in model.output_heads  # type: ignore[operator]
+    heads = getattr(model, "output_heads", {"forces": None})
+    return any(task.name == "forces" for task in tasks) and "forces" not in heads
 
 
 def conservative_outputs(model: nn.Module, tasks: Sequence[Task], batch: AtomicData) -> dict[str, Any]:
