@@ -3,7 +3,8 @@
     python scripts/energy_drift.py [--steps 1000] [--output docs/benchmarks/energy_drift.json]
 
 Networks with random weights, with the cutoff and the number of neighbours of the paper and with a smooth envelope,
-without frames and with canonical and full ones. Random weights say nothing of real forces: what is shown is whether the surface is smooth.
+without frames and with canonical and full ones. Random weights say nothing of real forces: what is shown is whether the
+surface is smooth.
 """
 
 import argparse

@@ -44,17 +44,20 @@ class FramesConfig(Section):
 class SourceConfig(Section):
     """Where one split lies: a file, a folder of shards, a glob, or a list of these, below `dataset.root`.
 
-    A validation split can be `from_train` instead: this share of the training set's systems, chosen by `job.seed` and
-    held out from training.
+    `index` is a file of NumPy's with the numbers of the samples that belong to the split, in its order. A validation
+    split can be `from_train` instead: this share of the training set's systems, chosen by `job.seed` and held out.
     """
 
     src: PathText | list[PathText] | None = None
+    index: PathText | None = None
     from_train: float | None = Field(default=None, gt=0, lt=1)
 
     @model_validator(mode="after")
     def _one_of_them(self) -> "SourceConfig":
         if (self.src is None) == (self.from_train is None):
             raise ValueError("give either src, where the data lie, or from_train, the share of the training set")
+        if self.index is not None and self.src is None:
+            raise ValueError("index: chooses samples of src; from_train has none")
         return self
 
 
@@ -71,6 +74,7 @@ class DatasetConfig(Section):
     key_mapping: dict[str, str] = Field(default={})
     edges: Literal["stored", "recompute"] = "stored"
     tags: Literal["file", "fixed", "none"] | None = None
+    target: str | None = None
     transforms: dict[str, dict[str, Any] | Literal[False] | None] = Field(default={})
     train: SourceConfig | None = None
     val: dict[str, SourceConfig] = Field(default={})
@@ -220,7 +224,7 @@ class Config(Section):
     """
 
     trainer: str
-    task: Literal["is2re", "s2ef", "properties"]
+    task: Literal["is2re", "s2ef", "qm9", "qm7x", "properties"]
     dataset: DatasetConfig
     model: dict[str, Any]
     frames: FramesConfig = FramesConfig(method="none")
@@ -237,6 +241,17 @@ class Config(Section):
     def _logger_by_name(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else value
 
+    @model_validator(mode="before")
+    @classmethod
+    def _with_target(cls, raw: Any) -> Any:
+        """`dataset.target` is short for a name in `outputs`."""
+        target = (
+            raw["dataset"].get("target") if isinstance(raw, dict) and isinstance(raw.get("dataset"), dict) else None
+        )
+        if target is None or not isinstance(raw.get("outputs", {}), dict):
+            return raw
+        return raw | {"outputs": raw.get("outputs", {}) | {target: raw.get("outputs", {}).get(target) or {}}}
+
     @model_validator(mode="after")
     def _consistent(self) -> "Config":
         if not isinstance(self.model.get("name"), str):
@@ -248,7 +263,7 @@ class Config(Section):
         for name, output in self.outputs.items():
             if output is None:
                 continue
-            target = resolve(name, level=output.level, unit=output.unit)
+            target = resolve(name, task=task, level=output.level, unit=output.unit)
             if TASKS[task] and name not in TASKS[task] and target.level != "system":
                 raise ValueError(f"outputs.{name}: task {task} predicts only {', '.join(TASKS[task])}")
             if name != "forces" and output.eval_from != "prediction":
@@ -301,7 +316,7 @@ class Config(Section):
         """What is predicted: that of the task, energies first, then what else `outputs` names."""
         names = dict.fromkeys([*TASKS[self.task], *self.outputs])
         names = {name: None for name in names if self.outputs.get(name, OutputConfig()) is not None}
-        return tuple(resolve(name, unit=self.output(name).unit) for name in names)
+        return tuple(resolve(name, task=self.task, unit=self.output(name).unit) for name in names)
 
     @property
     def properties(self) -> tuple[str, ...]:

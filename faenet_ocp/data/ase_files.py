@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from faenet_ocp.common.checks import RecordError, choice
-from faenet_ocp.common.files import expand_path, write_bytes
+from faenet_ocp.common.files import expand_path, write_array
 from faenet_ocp.data.atoms import record_of, tags_of
 from faenet_ocp.data.fields import Fields
 from faenet_ocp.data.lmdb_files import LmdbFile, natural_order
@@ -239,10 +239,7 @@ def _index(path: Path, state: str, cache_dir: Path | None) -> NDArray[np.int64]:
     with path.open("rb") as file:
         offsets = np.fromiter(_starts(file, path, path.stat().st_size), dtype=np.int64)
     if kept is not None:
-        content = io.BytesIO()
-        np.save(content, offsets)
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(kept, content.getvalue())
+        write_array(kept, offsets)
     return offsets
 
 

@@ -81,7 +81,7 @@ def pack(
             sources = _sources(folder, source_format, tags)
             target = out_path / folder.relative_to(data_path) if data_path.is_dir() else out_path
             target.mkdir(parents=True, exist_ok=True)
-            sizes = [_pack_file(source, target / _name(source), num_workers) for source in sources]
+            sizes = [pack_file(source, target / _name(source), num_workers) for source in sources]
             natoms, neighbors = (np.concatenate([pair[column] for pair in sizes]) for column in (0, 1))
             if len(natoms):
                 write_metadata(target, natoms=natoms, neighbors=neighbors if neighbors.any() else None)
@@ -109,8 +109,8 @@ def _fields(source: LmdbFile, position: int) -> Fields:
 # One file
 
 
-def _pack_file(source: LmdbFile, target: Path, num_workers: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Pack one file; natoms and neighbors of its records."""
+def pack_file(source: Any, target: Path, num_workers: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Pack one file, or what has its `path`, `item`, `numbers`, length and `read`; natoms and neighbors of each."""
     made_from = {"name": source.path.name, "records": len(source), "state": file_state(source.path)}
     if not target.exists():
         _write(source, target, made_from, num_workers)

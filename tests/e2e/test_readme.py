@@ -64,7 +64,7 @@ def test_commands_run(
     shutil.copytree(small_s2ef / "s2ef/all", tmp_path / "data/s2ef/all")
     write_raw(tmp_path / "raw", 2, fixed="subsurface")
     for name in ("mine.extxyz", "other.extxyz"):
-        ase.io.write(tmp_path / name, structures(9))
+        ase.io.write(tmp_path / name, structures(30))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(download, "download", lambda *_, **__: [Path("data")])
     caplog.set_level("INFO")

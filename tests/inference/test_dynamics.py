@@ -1,6 +1,7 @@
 """Molecular dynamics at constant energy: steps of the energy with a cut graph, none with an envelope."""
 
 import importlib.util
+import json
 from pathlib import Path
 from types import ModuleType
 
@@ -25,6 +26,12 @@ def test_an_envelope_conserves_energy(script: ModuleType, frames: str) -> None:
     plain, smooth = (script.drift(model, frames, 1.0, 30) for model in script.MODELS.values())
     assert plain["largest_step_meV"] > 1  # the negative control: neighbours come and go
     assert smooth["largest_step_meV"] < 0.01 and abs(smooth["drift_meV"]) < 0.01
+
+
+def test_the_page_shows_what_was_measured(script: ModuleType) -> None:
+    docs = SCRIPT.parents[1] / "docs"
+    rows = json.loads((docs / "benchmarks" / "energy_drift.json").read_text())["rows"]
+    assert script.table(rows) in (docs / "dynamics.md").read_text()
 
 
 @pytest.mark.parametrize(
