@@ -165,7 +165,6 @@ QM9: dict[str, Target] = {
 TASKS: dict[str, tuple[str, ...]] = {
     "is2re": ("energy",),
     "s2ef": ("energy", "forces"),
-    "qm7x": ("energy", "forces"),
     "qm9": (),
     "properties": (),
 }

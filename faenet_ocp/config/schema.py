@@ -16,7 +16,7 @@ from faenet_ocp.common.files import expand_path
 from faenet_ocp.config.messages import explain
 from faenet_ocp.config.ocp1 import in_our_words, is_ocp1
 from faenet_ocp.config.optim import OptimConfig, Section
-from faenet_ocp.targets import TASKS, Target, metrics_of, resolve
+from faenet_ocp.targets import ROWS, TARGETS, TASKS, Target, metrics_of, resolve
 
 PathText = Annotated[str, AfterValidator(expand_path)]
 """A path in which `~` and environment variables mean what they mean to a shell."""
@@ -224,7 +224,7 @@ class Config(Section):
     """
 
     trainer: str
-    task: Literal["is2re", "s2ef", "qm9", "qm7x", "properties"]
+    task: Literal["is2re", "s2ef", "qm9", "properties"]
     dataset: DatasetConfig
     model: dict[str, Any]
     frames: FramesConfig = FramesConfig(method="none")
@@ -244,13 +244,14 @@ class Config(Section):
     @model_validator(mode="before")
     @classmethod
     def _with_target(cls, raw: Any) -> Any:
-        """`dataset.target` is short for a name in `outputs`."""
-        target = (
-            raw["dataset"].get("target") if isinstance(raw, dict) and isinstance(raw.get("dataset"), dict) else None
-        )
+        """`dataset.target` is short for a name in `outputs`, normalised; less its elements if it grows with them."""
+        dataset = raw.get("dataset") if isinstance(raw, dict) else None
+        target = dataset.get("target") if isinstance(dataset, dict) else None
         if target is None or not isinstance(raw.get("outputs", {}), dict):
             return raw
-        return raw | {"outputs": raw.get("outputs", {}) | {target: raw.get("outputs", {}).get(target) or {}}}
+        row = (TARGETS | ROWS.get(raw.get("task"), {})).get(target)
+        fitted = {"normalizer": "fit"} | ({"element_references": "fit"} if row is not None and row.extensive else {})
+        return raw | {"outputs": {target: fitted} | raw.get("outputs", {})}
 
     @model_validator(mode="after")
     def _consistent(self) -> "Config":

@@ -49,12 +49,12 @@ _UNCHARACTERIZED = "uncharacterized.txt"
 
 
 class Molecule(NamedTuple):
-    """One row: the number in QM9 (1 to 133,885), atoms, positions in Angstrom, and labels as the files have them."""
+    """One row: the number in QM9 (1 to 133,885), atoms, positions in Angstrom, labels in the files' units."""
 
     index: int
     symbols: list[str]
     pos: Any
-    labels: dict[str, str]
+    labels: dict[str, float]
 
 
 class Qm9File:
@@ -162,7 +162,7 @@ def _of_package(paths: Iterable[Path]) -> Iterator[Molecule]:
             for number, row in enumerate(csv.DictReader(file), start=2):
                 with _row(path, number):
                     pos = np.array(re.sub(r"[\[\]]", "", row["XYZ_Ang"]).split(","), dtype=np.float64).reshape(-1, 3)
-                    labels = {name: row[column] for name, column in _PACKAGE_COLUMNS.items()}
+                    labels = {name: float(row[column]) for name, column in _PACKAGE_COLUMNS.items()}
                     symbols = re.findall(r"[A-Z][a-z]?", row["Elements"])
                     yield Molecule(int(row["Index"]), symbols, pos, labels)
 
@@ -173,7 +173,7 @@ def _of_sdf(sdf: Path, table: Path) -> Iterator[Molecule]:
     with sdf.open() as file, table.open(newline="") as labels:
         for number, row in enumerate(csv.DictReader(labels), start=2):
             with _row(table, number):
-                values = {name: row[column] for name, column in _SDF_COLUMNS.items()}
+                values = {name: float(row[column]) for name, column in _SDF_COLUMNS.items()}
                 index = int(row["mol_id"].removeprefix("gdb_"))
             with _row(sdf, index):
                 lines = list(iter(file.readline, "$$$$\n"))
@@ -189,7 +189,7 @@ def _of_xyz(paths: Iterable[Path]) -> Iterator[Molecule]:
             lines = path.read_text().replace("*^", "e").splitlines()
             count, values = int(lines[0]), lines[1].split()
             atoms = [line.split() for line in lines[2 : 2 + count]]
-            labels = dict(zip(LABELS, values[5:17], strict=True))
+            labels = dict(zip(LABELS, map(float, values[5:17]), strict=True))
             pos = np.array([atom[1:4] for atom in atoms], dtype=np.float64)
             yield Molecule(int(values[1]), [atom[0] for atom in atoms], pos, labels)
 
@@ -215,7 +215,7 @@ def _row(path: Path, number: int) -> Iterator[None]:
 
 def _record(molecule: Molecule) -> dict[str, Any]:
     numbers = [atomic_numbers.get(symbol, 0) for symbol in molecule.symbols]
-    labels = {name: float(value) for name, value in molecule.labels.items()}
+    labels = molecule.labels
     if len(numbers) != len(molecule.pos) or 0 in numbers or not np.isfinite([*labels.values()]).all():
         raise RecordError(f"molecule {molecule.index} of QM9: {len(numbers)} atoms and {len(molecule.pos)} positions")
     energies = {name: labels[name] * Hartree for name in _IN_HARTREE}
