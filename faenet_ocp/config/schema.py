@@ -247,9 +247,9 @@ class Config(Section):
         """`dataset.target` is short for a name in `outputs`, normalised; less its elements if it grows with them."""
         dataset = raw.get("dataset") if isinstance(raw, dict) else None
         target = dataset.get("target") if isinstance(dataset, dict) else None
-        if target is None or not isinstance(raw.get("outputs", {}), dict):
+        if not isinstance(target, str) or not isinstance(raw.get("outputs", {}), dict):
             return raw
-        row = (TARGETS | ROWS.get(raw.get("task"), {})).get(target)
+        row = (TARGETS | ROWS.get(str(raw.get("task")), {})).get(target)
         fitted = {"normalizer": "fit"} | ({"element_references": "fit"} if row is not None and row.extensive else {})
         return raw | {"outputs": {target: fitted} | raw.get("outputs", {})}
 

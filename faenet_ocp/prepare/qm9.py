@@ -51,7 +51,7 @@ _UNCHARACTERIZED = "uncharacterized.txt"
 class Molecule(NamedTuple):
     """One row: the number in QM9 (1 to 133,885), atoms, positions in Angstrom, labels in the files' units."""
 
-    index: int
+    number: int
     symbols: list[str]
     pos: Any
     labels: dict[str, float]
@@ -136,7 +136,7 @@ def _open(raw_path: Path | None) -> Qm9File:
         molecules = _of_xyz(sorted(raw_path.glob("dsgdb9nsd_*.xyz")))
     else:
         raise ValueError(f"{raw_path}: has neither gdb9.sdf (with gdb9.sdf.csv) nor dsgdb9nsd_*.xyz")
-    return Qm9File(raw_path, (one for one in _progress(molecules) if one.index not in left_out))
+    return Qm9File(raw_path, (one for one in _progress(molecules) if one.number not in left_out))
 
 
 def _progress(molecules: Iterator[Molecule]) -> Iterable[Molecule]:
@@ -217,7 +217,7 @@ def _record(molecule: Molecule) -> dict[str, Any]:
     numbers = [atomic_numbers.get(symbol, 0) for symbol in molecule.symbols]
     labels = molecule.labels
     if len(numbers) != len(molecule.pos) or 0 in numbers or not np.isfinite([*labels.values()]).all():
-        raise RecordError(f"molecule {molecule.index} of QM9: {len(numbers)} atoms and {len(molecule.pos)} positions")
+        raise RecordError(f"molecule {molecule.number} of QM9: {len(numbers)} atoms and {len(molecule.pos)} positions")
     energies = {name: labels[name] * Hartree for name in _IN_HARTREE}
     pos = molecule.pos.astype(np.float32)  # 1e-7 A of 10 A: a file of 117 MB in place of 145
-    return {"sid": molecule.index, "pos": pos, "atomic_numbers": np.array(numbers)} | labels | energies
+    return {"sid": molecule.number, "pos": pos, "atomic_numbers": np.array(numbers)} | labels | energies
