@@ -8,6 +8,10 @@ Public names are loaded when first used, so `import faenet_ocp.frames` needs tor
 from importlib import import_module
 from typing import Any
 
+from faenet_ocp.common.log_setup import expect_no_driver
+
+expect_no_driver()  # before anything imports fairchem, in every process
+
 _PUBLIC = {
     "FAENet": "faenet_ocp.models.faenet",
     "EnergyHead": "faenet_ocp.models.heads",

@@ -106,12 +106,29 @@ def _open_files(
         )
     settings |= _tags(config, cls)
     try:
-        return cls(settings)
+        dataset = cls(settings)
+        return dataset if source is None or source.index is None else _chosen(dataset, config, source.index)
     except FileNotFoundError as error:
         if Path(config.dataset.root).is_absolute():
             raise
         where = f"dataset.root: {config.dataset.root!r} is a folder below the working folder, {Path.cwd()}"
         raise FileNotFoundError(f"{error}; {where}") from error
+
+
+def _chosen(dataset: Any, config: Config, index: str) -> Any:
+    """The samples of a data set that an index file lists."""
+    path = Path(_below(config.dataset.root, index))
+    if not path.is_file():
+        raise ValueError(f"{path}: there is no such index file")
+    try:
+        numbers = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path}: is no file of NumPy's ({error})") from error
+    if numbers.ndim != 1 or numbers.dtype.kind not in "iu" or not len(numbers):
+        raise ValueError(f"{path}: expected the numbers of samples, got an array of {numbers.dtype}, {numbers.shape}")
+    if numbers.min() < 0 or numbers.max() >= len(dataset) or len(np.unique(numbers)) < len(numbers):
+        raise ValueError(f"{path}: lists samples {numbers.min()} to {numbers.max()} of {len(dataset)}, or some twice")
+    return dataset.select(numbers.astype(np.int64))
 
 
 def _tags(config: Config, cls: type) -> dict[str, str]:
@@ -195,6 +212,8 @@ def make_model(config: Config) -> FrameAveragedModel:
     heads, head_options = config.model.get("heads"), set[str]()
     if heads is None:
         heads, head_options = _default_heads(name, cls, config, options)
+        if "gradient" in config.losses and "forces" not in heads:
+            raise ValueError(f"loss_functions.gradient: the forces of {name} are -dE/dX already")
     allowed = parameters(cls)
     backbone = {key: value for key, value in options.items() if allowed is None or key in allowed}
     known = {*(options if allowed is None else allowed), *_GRAPH, *head_options}

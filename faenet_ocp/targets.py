@@ -25,6 +25,7 @@ class Metric:
         higher_is_better: direction.
         digits: decimals in tables.
         milli: tables and plots show thousandths of the unit.
+        beside: another target that has to be predicted, too.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Metric:
     higher_is_better: bool = False
     digits: int = 4
     milli: bool = False
+    beside: str | None = None
 
     @property
     def scale(self) -> float:
@@ -88,17 +90,19 @@ class Target:
         return self.level == "system" and self.rank == 0
 
 
-def scalar(name: str, unit: str) -> Target:
+def scalar(name: str, unit: str, *, milli: bool = False, extensive: bool = False) -> Target:
     """A scalar of systems that has no row of its own."""
+    mse_title = "" if milli else f"{name} MSE"
     return Target(
         name=name,
         level="system",
         rank=0,
         unit=unit,
         metrics=(
-            Metric(f"{name}_mae", unit, title=f"{name} MAE"),
-            Metric(f"{name}_mse", f"{unit}^2", title=f"{name} MSE"),
+            Metric(f"{name}_mae", unit, title=f"{name} MAE", digits=1 if milli else 4, milli=milli),
+            Metric(f"{name}_mse", f"{unit}^2", title=mse_title),
         ),
+        extensive=extensive,
         aliases=(name,),
     )
 
@@ -127,7 +131,9 @@ TARGETS: dict[str, Target] = {
             Metric("forces_mae", "eV/A", title="Force MAE", digits=1, milli=True),
             Metric("forces_cosine_similarity", "1", title="Force cosine", higher_is_better=True, digits=3),
             Metric("forces_magnitude_error", "eV/A", title="Magnitude error", digits=1, milli=True),
-            Metric("energy_forces_within_threshold", "%", title="EFwT", higher_is_better=True, digits=2),
+            Metric(
+                "energy_forces_within_threshold", "%", title="EFwT", higher_is_better=True, digits=2, beside="energy"
+            ),
         ),
         threshold=0.03,
         aliases=("forces", "force"),
@@ -136,25 +142,55 @@ TARGETS: dict[str, Target] = {
 """By name. IS2RE labels are called y_relaxed, those of fairchem 1.x energy and forces, earlier ones y and force."""
 
 
-TASKS: dict[str, tuple[str, ...]] = {"is2re": ("energy",), "s2ef": ("energy", "forces"), "properties": ()}
-"""What each task predicts, at least; `properties` is what `outputs` names, and nothing else."""
+QM9: dict[str, Target] = {
+    target.name: target
+    for target in (
+        scalar("mu", "D"),
+        scalar("alpha", "a0^3", extensive=True),
+        scalar("homo", "eV", milli=True),
+        scalar("lumo", "eV", milli=True),
+        scalar("gap", "eV", milli=True),
+        scalar("R2", "a0^2"),
+        scalar("ZPVE", "eV", milli=True, extensive=True),
+        scalar("U0", "eV", milli=True, extensive=True),
+        scalar("U", "eV", milli=True, extensive=True),
+        scalar("H", "eV", milli=True, extensive=True),
+        scalar("G", "eV", milli=True, extensive=True),
+        scalar("Cv", "cal/(mol K)", extensive=True),
+    )
+}
+"""The targets of QM9 in the order of the paper's Table 8, in eV where tables show meV."""
 
 
-def resolve(name: str, *, level: str | None = None, unit: str | None = None) -> Target:
+TASKS: dict[str, tuple[str, ...]] = {
+    "is2re": ("energy",),
+    "s2ef": ("energy", "forces"),
+    "qm9": (),
+    "properties": (),
+}
+"""What each task predicts, at least. `qm9` is one of `QM9` (`dataset.target`), `properties` what `outputs` names."""
+
+ROWS: dict[str, dict[str, Target]] = {"qm9": QM9}
+"""Rows that belong to one task, besides `TARGETS`."""
+
+
+def resolve(name: str, *, task: str = "", level: str | None = None, unit: str | None = None) -> Target:
     """The row of a name, or a scalar of systems with the declared unit.
 
     Args:
         name: as in `outputs:`.
+        task: whose own rows count, too.
         level, unit: what the configuration says of it; None: nothing.
 
     Raises:
         ValueError: no row and no unit, or a level or unit other than that of the row; says what would be right.
     """
-    row = TARGETS.get(name)
+    rows = TARGETS | ROWS.get(task, {})
+    row = rows.get(name)
     if row is None:
         if unit is None:
-            near = difflib.get_close_matches(name, TARGETS, n=1, cutoff=0.6)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(TARGETS)}"
+            near = difflib.get_close_matches(name, rows, n=1, cutoff=0.6)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(rows)}"
             raise ValueError(f"outputs.{name}: unknown; {hint}; any other scalar of systems needs its `unit`")
         if level not in (None, "system"):
             raise ValueError(f"outputs.{name}.level: {level!r}; only scalars of the system can be declared")
@@ -168,12 +204,15 @@ def resolve(name: str, *, level: str | None = None, unit: str | None = None) -> 
 
 def metrics_of(targets: Iterable[Target]) -> dict[str, Metric]:
     """All metrics of some targets by name, in their order."""
-    return {metric.name: metric for target in targets for metric in target.metrics}
+    targets = list(targets)
+    beside = {None, *(target.name for target in targets)}
+    return {metric.name: metric for target in targets for metric in target.metrics if metric.beside in beside}
 
 
-def targets_of(units: Mapping[str, str]) -> list[Target]:
+def targets_of(units: Mapping[str, str], task: str = "") -> list[Target]:
     """The targets whose metrics have these units, by name of the metric: the inverse of `metrics_of` for results."""
-    rows = [row for row in TARGETS.values() if row.metrics[0].name in units]
+    known_rows = TARGETS | ROWS.get(task, {})
+    rows = [row for row in known_rows.values() if row.metrics[0].name in units]
     known = metrics_of(rows)
     declared = [name.removesuffix("_mae") for name in units if name not in known and name.endswith("_mae")]
     return rows + [scalar(name, units[f"{name}_mae"]) for name in declared]

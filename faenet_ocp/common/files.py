@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import io
 import json
 import logging
 import math
@@ -13,6 +14,9 @@ from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +46,14 @@ def write_bytes(path: str | Path, content: bytes) -> Path:
 def write_text(path: str | Path, text: str) -> Path:
     """`write_bytes` of UTF-8 text."""
     return write_bytes(path, text.encode())
+
+
+def write_array(path: str | Path, array: NDArray[Any]) -> Path:
+    """`write_bytes` of an array in NumPy's format; the folder and those above it are created."""
+    content = io.BytesIO()
+    np.save(content, array, allow_pickle=False)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    return write_bytes(path, content.getvalue())
 
 
 def write_json(path: str | Path, data: Mapping[str, Any]) -> Path:

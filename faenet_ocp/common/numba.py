@@ -4,10 +4,32 @@ The code is kept beside the source, in the user's cache folder where that cannot
 where none of these can be written, every process compiles anew.
 """
 
+import logging
+import multiprocessing
 from collections.abc import Callable
 from typing import Any
 
 from numba import njit
+from numba.core import event
+
+
+class _Announcement(event.Listener):
+    """Says once, in the process that the user has started, that the first use takes longer than others."""
+
+    said = False
+
+    def on_start(self, event: event.Event) -> None:
+        """numba has not found a function in its cache and is about to compile it."""
+        ours = event.data["dispatcher"].py_func.__module__.startswith("faenet_ocp.")
+        if ours and not self.said and multiprocessing.parent_process() is None:
+            self.said = True
+            logging.info("compiling functions for this machine, once: about ten seconds; they are kept for later runs")
+
+    def on_end(self, event: event.Event) -> None:
+        """Nothing to say."""
+
+
+event.register("numba:compile", _Announcement())
 
 
 def compiled(signature: Any = None) -> Callable[[Callable[..., Any]], Any]:

@@ -10,10 +10,10 @@ from typing import Any
 
 MAY_CHANGE = {
     # Where the data lie and how they are stored; that they are the same data is checked by their content.
-    "dataset": "root format train.src val.*.src test.*",
-    # The learning rate is a function of the step and of these.
+    "dataset": "root format train.src train.index val.*.src val.*.index test.*",
+    # The learning rate is a function of the step, of these, and of what the metrics were.
     "optim": "lr_initial weight_decay scheduler warmup_steps warmup_factor lr_min_factor max_epochs max_steps "
-    "clip_grad_norm skip_nonfinite "
+    "multistep.* plateau.* early_stopping.* clip_grad_norm skip_nonfinite "
     # When and how things happen.
     "grad_accumulation balance eval_batch_size eval_every eval_every_epochs checkpoint_every keep_checkpoints "
     "num_workers worker_context on_write_error",
@@ -24,7 +24,7 @@ MAY_CHANGE = {
 }
 MAY_NOT_CHANGE = {
     "": "trainer task model.* frames.* outputs.* loss_functions",
-    "dataset": "name key_mapping.* edges tags transforms.* train.from_train val.*.from_train",
+    "dataset": "name key_mapping.* edges tags target transforms.* train.from_train val.*.from_train",
     # State of the optimiser and averages of the weights belong to these, and epochs and steps to the batch size.
     "optim": "optimizer optimizer_params.* batch_size ema_decay",
     # The best checkpoint is the best in these.

@@ -9,22 +9,20 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 
 from faenet_ocp.common.checks import nearest
 from faenet_ocp.common.files import expand_path
 from faenet_ocp.config.messages import explain
-from faenet_ocp.targets import TASKS, Target, metrics_of, resolve
+from faenet_ocp.config.ocp1 import in_our_words, is_ocp1
+from faenet_ocp.config.optim import OptimConfig, Section
+from faenet_ocp.targets import ROWS, TARGETS, TASKS, Target, metrics_of, resolve
 
 PathText = Annotated[str, AfterValidator(expand_path)]
 """A path in which `~` and environment variables mean what they mean to a shell."""
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-
-class FramesConfig(_Section):
+class FramesConfig(Section):
     """`frames:` how symmetry is imposed on the data (paper, section 3).
 
     `eval_method` (default: the same as `method`, or none for data augmentation) is used in evaluation and prediction.
@@ -43,24 +41,27 @@ class FramesConfig(_Section):
         return "none" if self.method == "data_augmentation" else self.method
 
 
-class SourceConfig(_Section):
+class SourceConfig(Section):
     """Where one split lies: a file, a folder of shards, a glob, or a list of these, below `dataset.root`.
 
-    A validation split can be `from_train` instead: this share of the training set's systems, chosen by `job.seed` and
-    held out from training.
+    `index` is a file of NumPy's with the numbers of the samples that belong to the split, in its order. A validation
+    split can be `from_train` instead: this share of the training set's systems, chosen by `job.seed` and held out.
     """
 
     src: PathText | list[PathText] | None = None
+    index: PathText | None = None
     from_train: float | None = Field(default=None, gt=0, lt=1)
 
     @model_validator(mode="after")
     def _one_of_them(self) -> "SourceConfig":
         if (self.src is None) == (self.from_train is None):
             raise ValueError("give either src, where the data lie, or from_train, the share of the training set")
+        if self.index is not None and self.src is None:
+            raise ValueError("index: chooses samples of src; from_train has none")
         return self
 
 
-class DatasetConfig(_Section):
+class DatasetConfig(Section):
     """`dataset:` the data, one entry for each split; `null` in place of an entry drops that of an included file.
 
     A sample that cannot be read or used ends the run; `--mode check` lists all of them. `tags` (format ase): what a
@@ -70,13 +71,14 @@ class DatasetConfig(_Section):
     name: str = "OC20"
     root: PathText = "data"
     format: str = "oc20_lmdb"
-    key_mapping: dict[str, str] = {}
+    key_mapping: dict[str, str] = Field(default={})
     edges: Literal["stored", "recompute"] = "stored"
     tags: Literal["file", "fixed", "none"] | None = None
-    transforms: dict[str, dict[str, Any] | Literal[False] | None] = {}
+    target: str | None = None
+    transforms: dict[str, dict[str, Any] | Literal[False] | None] = Field(default={})
     train: SourceConfig | None = None
-    val: dict[str, SourceConfig] = {}
-    test: dict[str, SourceConfig] = {}
+    val: dict[str, SourceConfig] = Field(default={})
+    test: dict[str, SourceConfig] = Field(default={})
 
     @field_validator("val", "test", mode="before")
     @classmethod
@@ -95,14 +97,14 @@ class DatasetConfig(_Section):
         return self
 
 
-class NormalizerConfig(_Section):
+class NormalizerConfig(Section):
     """Targets are trained as (target - mean) / stdev."""
 
     mean: float = 0.0
     stdev: float = Field(default=1.0, gt=0)
 
 
-class OutputConfig(_Section):
+class OutputConfig(Section):
     """`outputs.<name>:` one predicted property.
 
     A scalar of systems that is not in `targets.TARGETS` is predicted beside those of the task once its `unit` is given.
@@ -120,7 +122,7 @@ class OutputConfig(_Section):
     eval_from: Literal["prediction", "energy_gradient"] = "prediction"
 
 
-class LossConfig(_Section):
+class LossConfig(Section):
     """One term of the loss, eq. (9), from `start_epoch` on."""
 
     fn: Literal["mae", "mse", "l2mae"] = "mae"
@@ -128,23 +130,23 @@ class LossConfig(_Section):
     start_epoch: int = Field(default=0, ge=0)
 
 
-class PrimaryMetricConfig(_Section):
+class PrimaryMetricConfig(Section):
     """What `best` means: the checkpoint with the lowest (or, for within-threshold metrics, highest) value.
 
     Default: the first metric of the first target, on val_id or, where there is none, on the first split.
     """
 
-    split: str | None = None
-    metric: str | None = None
+    split: str = ""
+    metric: str = ""
 
 
-class EvaluationConfig(_Section):
+class EvaluationConfig(Section):
     """`evaluation_metrics:` which metrics are reported, and which one chooses the best checkpoint.
 
     Evaluations during training use `max_systems` systems of each split, a fixed random subset; the final one uses all.
     """
 
-    metrics: dict[str, list[str]] = {}
+    metrics: dict[str, list[str]] = Field(default={})
     primary_metric: PrimaryMetricConfig = PrimaryMetricConfig()
     max_systems: int | None = Field(default=None, ge=1)
 
@@ -156,46 +158,7 @@ class EvaluationConfig(_Section):
         return [*([self.primary_metric.metric] if self.primary_metric.metric else []), *full]
 
 
-class OptimConfig(_Section):
-    """`optim:` optimiser, schedule, batches and how often things happen.
-
-    `batch_size` counts systems over all ranks and accumulation steps. Up to `skip_nonfinite` steps whose gradient is
-    not finite are left out (and kept in `failures/`) before the run stops. A checkpoint is saved at every evaluation
-    and after every `checkpoint_every` steps. A checkpoint or metric that cannot be written (disk full, folder gone)
-    ends the run, or with `on_write_error: warn` is left out.
-
-    Every training sample is used once an epoch: nothing is dropped or repeated, batch sizes differ by at most one.
-    Ranks get equally many systems of a batch; with `balance: atoms` those of about equally many atoms. `worker_context:
-    spawn` starts loader workers afresh instead of by forking (slower; where forking is not safe).
-    """
-
-    optimizer: str = "AdamW"
-    optimizer_params: dict[str, Any] = {}
-    lr_initial: float = Field(gt=0)
-    weight_decay: float = Field(default=0.01, ge=0)
-    scheduler: Literal["linear_warmup_cosine", "constant"] = "linear_warmup_cosine"
-    warmup_steps: int = Field(default=0, ge=0)
-    warmup_factor: float = Field(default=0.2, ge=0, le=1)
-    lr_min_factor: float = Field(default=0.0, ge=0, le=1)
-    batch_size: int = Field(ge=1)
-    eval_batch_size: int | None = Field(default=None, ge=1)
-    grad_accumulation: int = Field(default=1, ge=1)
-    max_epochs: int = Field(ge=1)
-    max_steps: int | None = Field(default=None, ge=1)
-    clip_grad_norm: float | None = Field(default=None, gt=0)
-    ema_decay: float | None = Field(default=None, gt=0, lt=1)
-    eval_every: int | None = Field(default=None, ge=1)
-    eval_every_epochs: int | None = Field(default=1, ge=1)
-    checkpoint_every: int | None = Field(default=None, ge=1)
-    keep_checkpoints: int = Field(default=2, ge=1)
-    skip_nonfinite: int = Field(default=0, ge=0)
-    balance: Literal["systems", "atoms"] = "systems"
-    num_workers: int = Field(default=2, ge=0)
-    worker_context: Literal["fork", "spawn"] = "fork"
-    on_write_error: Literal["stop", "warn"] = "stop"
-
-
-class LoggerConfig(_Section):
+class LoggerConfig(Section):
     """`logger:` a name or a mapping with the logger's own settings; the default needs no account."""
 
     name: Literal["tensorboard", "wandb", "none"] = "tensorboard"
@@ -204,7 +167,7 @@ class LoggerConfig(_Section):
     mode: Literal["online", "offline", "disabled"] = "online"
 
 
-class JobConfig(_Section):
+class JobConfig(Section):
     """`job:` the run itself; each key has a command line flag of the same name."""
 
     run_dir: PathText = "runs"
@@ -227,7 +190,7 @@ class JobConfig(_Section):
         return value
 
 
-class SlurmConfig(_Section):
+class SlurmConfig(Section):
     """`slurm:` what `--submit` asks SLURM for; nodes and GPUs (= ranks) on each come from `job:`.
 
     `time` is in SLURM's own format (`"12:00:00"`, `"2-00"`, `"90"`: minutes); a run that reaches it saves and goes back
@@ -242,7 +205,7 @@ class SlurmConfig(_Section):
     time: str = "24:00:00"
     mem_gb: float = Field(default=80, gt=0)
     cpus_per_task: int = Field(default=8, ge=1)
-    additional_parameters: dict[str, str | int | float | bool] = {}
+    additional_parameters: dict[str, str | int | float | bool] = Field(default={})
     max_timeouts: int = Field(default=100, ge=0)
     rendezvous: Literal["file", "tcp"] = "file"
 
@@ -254,19 +217,19 @@ class SlurmConfig(_Section):
         return value
 
 
-class Config(_Section):
+class Config(Section):
     """The whole configuration of a run; `model` is checked against the registered model's constructor.
 
     A task predicts its own properties (`targets.TASKS`) and what else `outputs` names; `null` there drops one.
     """
 
     trainer: str
-    task: Literal["is2re", "s2ef", "properties"]
+    task: Literal["is2re", "s2ef", "qm9", "properties"]
     dataset: DatasetConfig
     model: dict[str, Any]
     frames: FramesConfig = FramesConfig(method="none")
-    outputs: dict[str, OutputConfig | None] = {}
-    loss_functions: list[dict[str, LossConfig]] = []
+    outputs: dict[str, OutputConfig | None] = Field(default={})
+    loss_functions: list[dict[str, LossConfig]] = Field(default=[])
     evaluation_metrics: EvaluationConfig = EvaluationConfig()
     optim: OptimConfig
     logger: LoggerConfig = LoggerConfig()
@@ -277,6 +240,18 @@ class Config(_Section):
     @classmethod
     def _logger_by_name(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_target(cls, raw: Any) -> Any:
+        """`dataset.target` is short for a name in `outputs`, normalised; less its elements if it grows with them."""
+        dataset = raw.get("dataset") if isinstance(raw, dict) else None
+        target = dataset.get("target") if isinstance(dataset, dict) else None
+        if not isinstance(target, str) or not isinstance(raw.get("outputs", {}), dict):
+            return raw
+        row = (TARGETS | ROWS.get(str(raw.get("task")), {})).get(target)
+        fitted = {"normalizer": "fit"} | ({"element_references": "fit"} if row is not None and row.extensive else {})
+        return raw | {"outputs": {target: fitted} | raw.get("outputs", {})}
 
     @model_validator(mode="after")
     def _consistent(self) -> "Config":
@@ -289,7 +264,7 @@ class Config(_Section):
         for name, output in self.outputs.items():
             if output is None:
                 continue
-            target = resolve(name, level=output.level, unit=output.unit)
+            target = resolve(name, task=task, level=output.level, unit=output.unit)
             if TASKS[task] and name not in TASKS[task] and target.level != "system":
                 raise ValueError(f"outputs.{name}: task {task} predicts only {', '.join(TASKS[task])}")
             if name != "forces" and output.eval_from != "prediction":
@@ -307,6 +282,7 @@ class Config(_Section):
         for name in self.evaluation_metrics.names:
             if name not in metrics:
                 raise ValueError(f"evaluation_metrics: unknown metric {name!r}{nearest(name, list(metrics))}")
+        self._check_what_follows_metrics(list(metrics))
         split = self.evaluation_metrics.primary_metric.split
         if self.dataset.val and split not in self.dataset.val:
             key, known = "evaluation_metrics.primary_metric.split", ", ".join(self.dataset.val)
@@ -314,6 +290,17 @@ class Config(_Section):
         if self.job.amp and self.job.precision == "float64":
             raise ValueError("job.amp: bfloat16 autocast and job.precision: float64 exclude each other")
         return self
+
+    def _check_what_follows_metrics(self, metrics: list[str]) -> None:
+        """Schedules and stopping by a metric need evaluations."""
+        optim = self.optim
+        metric = optim.plateau.metric if optim.plateau else None
+        if metric is not None and metric not in metrics:
+            raise ValueError(f"optim.plateau.metric: unknown metric {metric!r}{nearest(metric, metrics)}")
+        needing = ["optim.early_stopping"] if optim.early_stopping else []
+        needing += ["optim.scheduler: reduce_on_plateau"] if optim.scheduler == "reduce_on_plateau" else []
+        if needing and not self.dataset.val:
+            raise ValueError(f"{needing[0]}: follows a metric of a validation split, but dataset.val has none")
 
     def _set_primary_metric(self) -> None:
         """Fills in the defaults, so that config.yml says what they are."""
@@ -330,7 +317,7 @@ class Config(_Section):
         """What is predicted: that of the task, energies first, then what else `outputs` names."""
         names = dict.fromkeys([*TASKS[self.task], *self.outputs])
         names = {name: None for name in names if self.outputs.get(name, OutputConfig()) is not None}
-        return tuple(resolve(name, unit=self.output(name).unit) for name in names)
+        return tuple(resolve(name, task=self.task, unit=self.output(name).unit) for name in names)
 
     @property
     def properties(self) -> tuple[str, ...]:
@@ -352,8 +339,13 @@ def build_config(raw: Mapping[str, Any]) -> Config:
     """Validates a merged mapping.
 
     Raises:
-        ValueError: every wrong key and value, one a line, each with its dotted path.
+        ValueError: every wrong key and value, one a line, each with its dotted path; or the same settings in this
+            package's words, where they are in OCP 1.x's.
     """
+    if is_ocp1(raw):
+        raise ValueError(
+            f"this is a configuration of OCP 1.x; the same settings here, ready to paste:\n\n{in_our_words(raw)}"
+        )
     try:
         return Config.model_validate(dict(raw))
     except ValidationError as error:

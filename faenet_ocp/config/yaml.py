@@ -13,7 +13,7 @@ import yaml
 from faenet_ocp.common.files import expand_path
 from faenet_ocp.config.schema import Config
 
-_EXCLUSIVE = {"src": "from_train", "from_train": "src"}
+_EXCLUSIVE = {"src": ("from_train",), "from_train": ("src", "index")}
 _WHOLE = ("dataset.val", "dataset.test")
 
 
@@ -31,7 +31,8 @@ def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
         both = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
         result[key] = merge(result[key], value) if both and not isinstance(value, _Whole) else value
         if key in _EXCLUSIVE and value is not None:
-            result.pop(_EXCLUSIVE[key], None)
+            for other in _EXCLUSIVE[key]:
+                result.pop(other, None)
     return result
 
 

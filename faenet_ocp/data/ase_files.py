@@ -31,14 +31,15 @@ from fairchem.core.datasets.ase_datasets import AseDBDataset
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from faenet_ocp.common.checks import RecordError
-from faenet_ocp.common.files import expand_path, write_bytes
+from faenet_ocp.common.checks import RecordError, choice
+from faenet_ocp.common.files import expand_path, write_array
 from faenet_ocp.data.atoms import record_of, tags_of
 from faenet_ocp.data.fields import Fields
 from faenet_ocp.data.lmdb_files import LmdbFile, natural_order
 from faenet_ocp.data.oc20 import OC20LmdbDataset
+from faenet_ocp.data.tags import CHOICES
 
-_COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+_COMPRESSED: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _DATABASES = ("db", "json", "aselmdb")
 
 
@@ -96,6 +97,7 @@ class AseFile(LmdbFile):
 
     Args:
         path: of the file.
+        tags: "file", "fixed" or "none", see ``tags.assign_tags``.
         cache_dir: folder in which the index of a large file is kept; None: it is not.
 
     Raises:
@@ -104,8 +106,8 @@ class AseFile(LmdbFile):
 
     item = "structure"
 
-    def __init__(self, path: Path, cache_dir: Path | None = None):
-        self.path = path
+    def __init__(self, path: Path, *, tags: str = "file", cache_dir: Path | None = None):
+        self.path, self.tags = path, tags
         self._pid: int | None = None
         self._source: Any = None
         self._kind = _kind(path)
@@ -135,12 +137,14 @@ class AseFile(LmdbFile):
         """Return the structure at `position` (0 ... len-1) as a record.
 
         Raises:
-            RecordError: it cannot be read; names file and number.
+            RecordError: it cannot be read, or has not the tags that are asked for; names file and number.
         """
-        if self._kind == "memory":
-            return _read_all(self.path, self.state())[position]
         with _reading(self.path, position):
-            return record_of(self._atoms(position))
+            if self._kind == "memory":
+                record = _read_all(self.path, self.state())[position]
+            else:
+                record = record_of(self._atoms(position))
+            return {**record, **tags_of(record, self.tags)}
 
     def _atoms(self, position: int) -> Atoms:
         if self._kind == "single":
@@ -193,9 +197,9 @@ def _reading(path: Path, position: int | None = None) -> Iterator[None]:
 
 
 @cache
-def _read_all(path: Path, state: str) -> list[Fields]:
+def _read_all(path: Path, state: str) -> list[dict[str, Any]]:
     """The structures of a file whose structures cannot be reached one by one, once in a process for each `state`."""
-    records: list[Fields] = []
+    records: list[dict[str, Any]] = []
     for atoms in tqdm(_every(path), desc=f"reading {path.name}", unit="structure", delay=2.0):
         with _reading(path, len(records)):
             records.append(record_of(atoms))
@@ -235,10 +239,7 @@ def _index(path: Path, state: str, cache_dir: Path | None) -> NDArray[np.int64]:
     with path.open("rb") as file:
         offsets = np.fromiter(_starts(file, path, path.stat().st_size), dtype=np.int64)
     if kept is not None:
-        content = io.BytesIO()
-        np.save(content, offsets)
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(kept, content.getvalue())
+        write_array(kept, offsets)
     return offsets
 
 
@@ -305,12 +306,12 @@ class AseDataset(OC20LmdbDataset):
     _keys = (*OC20LmdbDataset._keys, "tags")
 
     def _open_files(self) -> list[LmdbFile]:
-        folder = self.config.get("cache_dir")
-        paths = find_files(self.config["src"])
-        return [AseFile(path, None if folder is None else Path(folder)) for path in paths]
+        folder, tags = self.config.get("cache_dir"), choice("dataset.tags", self.config.get("tags", "file"), CHOICES)
+        cache_dir = None if folder is None else Path(folder)
+        return [AseFile(path, tags=tags, cache_dir=cache_dir) for path in find_files(self.config["src"])]
 
     def _decode(self, value: Any) -> Fields:
-        return {**value, **tags_of(value, self.config.get("tags", "file"))}
+        return value
 
     def groups(self) -> NDArray[np.int64]:
         """Return which samples belong together, (len(self),): those of one file, or in one file those of one sid."""

@@ -6,7 +6,6 @@ Shapes: n atoms and e edges of one sample. Energies in eV, forces in eV/A, lengt
 
 import copy
 import hashlib
-import io
 import itertools
 import logging
 import zipfile
@@ -25,7 +24,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from faenet_ocp.common.checks import RecordError, choice, nearest, positive, whole_number
-from faenet_ocp.common.files import write_bytes
+from faenet_ocp.common.files import write_array
 from faenet_ocp.data.batch import assign_batch_stats, make_batch
 from faenet_ocp.data.fields import Fields, Reading, array_of, declare_labels, number_of
 from faenet_ocp.data.lmdb_files import LmdbFile, resolve_files
@@ -256,7 +255,8 @@ class OC20LmdbDataset(BaseDataset[AtomicData]):
         cache = None if folder is None else Path(folder) / f"{name}-{key}.npy"
         if cache is not None and cache.is_file():
             return np.load(cache, allow_pickle=False)
-        found, bar = [], tqdm(total=self._ends[-1], desc=f"{name} of all systems", unit="system", delay=2.0)
+        found: list[str] = []
+        bar = tqdm(total=self._ends[-1], desc=f"{name} of all systems", unit="system", delay=2.0)
         for file in self.files:
             for position in range(len(file)):
                 try:
@@ -267,10 +267,7 @@ class OC20LmdbDataset(BaseDataset[AtomicData]):
         bar.close()
         values = np.array(found)
         if cache is not None:
-            content = io.BytesIO()
-            np.save(content, values)
-            cache.parent.mkdir(parents=True, exist_ok=True)
-            write_bytes(cache, content.getvalue())
+            write_array(cache, values)
         return values
 
 

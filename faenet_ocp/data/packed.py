@@ -1,4 +1,4 @@
-"""Packed OC20 files (``scripts/pack_lmdb.py``), registered as ``oc20_packed``: nothing in them could run.
+"""Packed OC20 files (``scripts/pack.py``), registered as ``oc20_packed``: nothing in them could run.
 
 A record is its fields as flat typed arrays behind a checksum:
 
@@ -227,7 +227,7 @@ class PackedFile(LmdbFile):
     def _find_numbers(self, txn: lmdb.Transaction) -> Sequence[int]:
         value = txn.get(PACKED_KEY)
         if value is None:
-            raise ValueError(f"{self.path}: is no file of scripts/pack_lmdb.py; try dataset.format: oc20_lmdb")
+            raise ValueError(f"{self.path}: is no file of scripts/pack.py; try dataset.format: oc20_lmdb")
         self.header = read_header(value, str(self.path))
         count = self.header["count"]
         if count > 0 and txn.get(b"%d" % (count - 1)) is None:

@@ -218,6 +218,7 @@ class Evaluator:
             end_to_end_samples_per_s=sum(sizes.values()) / seconds if seconds else None,
             seconds_per_epoch=float(np.mean(state["epoch_seconds"])) if state["epoch_seconds"] else None,
             epochs=len(state["epoch_seconds"]) or None,
+            ended=state.get("ended"),
         )
 
 

@@ -72,11 +72,12 @@ def render_table(results: Mapping[str, Any]) -> str:
     Args:
         results: of `results.build_results`.
     """
-    metrics = metrics_of(targets_of(results["units"]))
+    metrics = metrics_of(targets_of(results["units"], results["task"]))
     main = _main_metrics(results, metrics)
     further = [metric for metric in metrics.values() if metric.title and metric not in main]
     rows, has_average = _rows(results), results["average"] is not None
     papers = [_paper_row(results)] if results["oc20"] else []
+    rows = [row for row in rows if row.has(main)]
     tables = [_table([*rows, *papers], _time_columns() + _split_columns(main, _ordered(results), average=has_average))]
     if results["task"] == "s2ef" and has_average:
         papers = [_paper_row(results, energy_average=_PAPER_TABLE1_ENERGY)] if results["oc20"] else []
@@ -119,7 +120,7 @@ def _main_metrics(results: Mapping[str, Any], metrics: Mapping[str, Metric]) -> 
     papers = _PAPER[results["task"]]["metrics"] if results["task"] in _PAPER else ()
     if all(name in metrics for name in papers) and papers:
         return [metrics[name] for name in papers]
-    return [target.metrics[0] for target in targets_of(results["units"])]
+    return [target.metrics[0] for target in targets_of(results["units"], results["task"])]
 
 
 def _ordered(results: Mapping[str, Any]) -> list[str]:

@@ -78,6 +78,7 @@ def build_results(
     end_to_end_samples_per_s: float | None = None,
     seconds_per_epoch: float | None = None,
     epochs: float | None = None,
+    ended: str | None = None,
 ) -> dict[str, Any]:
     """The document that `common.files.write_json` stores and tables are made from.
 
@@ -94,6 +95,7 @@ def build_results(
         forward_samples_per_s: model forward passes only (the paper's footnote 6).
         end_to_end_samples_per_s: with loading and collecting.
         seconds_per_epoch, epochs: of training.
+        ended: why training ended, in words.
 
     Raises:
         ValueError: a value that JSON does not know, with its place.
@@ -118,7 +120,7 @@ def build_results(
             "forward_samples_per_s": forward_samples_per_s,
             "end_to_end_samples_per_s": end_to_end_samples_per_s,
         },
-        "training": {"seconds_per_epoch": seconds_per_epoch, "epochs": epochs},
+        "training": {"seconds_per_epoch": seconds_per_epoch, "epochs": epochs, "ended": ended},
     }
     return plain(results, "results")
 

@@ -29,7 +29,13 @@ from faenet_ocp.evaluation.metrics import (
     VectorMetrics,
 )
 from faenet_ocp.tasks.references import CompositionFit
-from faenet_ocp.tasks.tasks import TargetTask, conservative_outputs, to_physical, unseen_elements
+from faenet_ocp.tasks.tasks import (
+    TargetTask,
+    conservative_outputs,
+    has_no_forces_of_its_own,
+    to_physical,
+    unseen_elements,
+)
 
 _PLOTTED_ATOMS = 20_000
 
@@ -50,13 +56,14 @@ def predict(
         tasks: see `tasks.make_tasks`; they turn outputs into eV and eV/Angstrom.
         batches: with all that the model needs; labels are not looked at.
         amp: bfloat16 autocast.
-        conservative: forces are -dE/dX instead of the predicted ones.
+        conservative: forces are -dE/dX, also of a model that predicts others.
 
     Yields:
         a batch on the device, its predictions by target, and the seconds of the forward pass.
     """
     device = next(model.parameters()).device
     training = model.training
+    conservative = conservative or has_no_forces_of_its_own(model, tasks)
     model.eval()
     try:
         for batch in batches:
@@ -209,9 +216,10 @@ class _Collector:
         for baseline in self.baselines:
             for row, values in baseline.compute(split).items():
                 result.baselines[row] = result.baselines.get(row, {}) | values
-        if self.baselines:
-            for vector in self.vectors.values():
-                result.baselines["mean_predictor"] |= vector.zero_baseline()
+        for vector in self.vectors.values():
+            if self.baselines or not self.scalars:
+                zero = vector.zero_baseline()
+                result.baselines["mean_predictor"] = result.baselines.get("mean_predictor", {}) | zero
         for name in self.scalars:
             result.pairs[name] = _gather(self.pairs[name])
         for name in self.vectors:

@@ -67,8 +67,8 @@ class Prediction:
 
     @property
     def energy(self) -> float:
-        """In eV."""
-        return self.values["energy"]
+        """In eV; nan if the checkpoint predicts none."""
+        return self.values.get("energy", np.nan)
 
     @property
     def forces(self) -> NDArray[np.float64] | None:

@@ -148,7 +148,7 @@ class _Relaxation:
             return "failed"
         if is_start:
             self.initial_energy, self.seen = outcome.energy, outcome.seen
-        results = {"energy": outcome.energy} | ({} if outcome.forces is None else {"forces": outcome.forces})
+        results = {name: outcome.values[name] for name in ("energy", "forces") if name in outcome.values}
         self.atoms.calc = SinglePointCalculator(self.atoms, **results)
         if self.trajectory is not None:
             self._write_to(self.trajectory, "w" if is_start else "a")
@@ -169,7 +169,7 @@ class _Relaxation:
             raise ValueError(
                 "relaxation needs forces, and this checkpoint predicts energies only (use one of task s2ef)"
             )
-        if not (np.isfinite(outcome.energy) and (forces is None or np.isfinite(forces).all())):
+        if not all(np.isfinite(value).all() for value in outcome.values.values()):
             return f"energy or forces {'at its initial positions ' if is_start else ''}are not finite"
         loose = np.flatnonzero(~outcome.seen & ~fixed_atoms(self.atoms))
         if self.moves and len(loose):

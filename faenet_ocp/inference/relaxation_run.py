@@ -266,7 +266,7 @@ def relaxation_metrics(results: Iterable[Atoms]) -> dict[str, Any]:
         status.append(atoms.info["status"])
         steps.append(int(atoms.info["steps"]))
         displacements.append(float(atoms.info["common_displacement"]))
-        if "y_relaxed" in atoms.info:
+        if "y_relaxed" in atoms.info and atoms.calc is not None and "energy" in atoms.calc.results:
             energies.append((atoms.get_potential_energy(), float(atoms.info["y_relaxed"])))
         if atoms.has("pos_relaxed"):
             distances.append(mean_distance(atoms, atoms.get_array("pos_relaxed")))

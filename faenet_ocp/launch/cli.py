@@ -24,8 +24,7 @@ from faenet_ocp.launch import local_ranks, sweep
 if TYPE_CHECKING:
     from faenet_ocp.training.trainer import FAENetTrainer
 
-_JOB_FLAGS = ("run_dir", "identifier", "seed", "num_gpus", "num_nodes", "cpu", "amp", "debug", "print_every")
-_JOB_FLAGS += ("output_format",)
+_JOB_FLAGS = "run_dir identifier seed num_gpus num_nodes cpu amp debug print_every output_format".split()
 _COMMENT = "# "
 _SLURM_FLAGS = ("partition", "account", "qos", "time", "mem_gb", "cpus_per_task")
 

@@ -24,10 +24,12 @@ class NodeFeatures(NamedTuple):
     Attributes:
         node_embedding: final embedding of every atom, (N, C).
         hidden_states: embeddings before the first block and after each block, each (N, C).
+        vectors: of equivariant networks, C vectors of every atom, (N, 3, C).
     """
 
     node_embedding: Tensor
     hidden_states: tuple[Tensor, ...] = ()
+    vectors: Tensor | None = None
 
 
 def option(default: Any, check: Callable[[str, Any], Any]) -> Any:
@@ -95,14 +97,38 @@ class Backbone(nn.Module):
         """
         raise NotImplementedError
 
+    def scalar_output(self) -> nn.Module:
+        """A new output block: `NodeFeatures` -> a number for every atom, (N, 1)."""
+        raise NotImplementedError
+
+    def vector_output(self) -> nn.Module:
+        """A new output block: `NodeFeatures` -> a vector for every atom, (N, 3), in the frame.
+
+        A network that does not define it has no forces of its own: they are -dE/dX.
+        """
+        raise NotImplementedError
+
     @classmethod
     def default_heads(cls, targets: Iterable[Target]) -> dict[str, dict[str, Any]]:
         """Heads for targets, where `model.heads` names none: head name -> `{module: <registered name>, **arguments}`.
 
+        Scalars of systems are the sum of `scalar_output` over atoms, or the mean where they do not grow with the
+        system; forces are `vector_output`, or -dE/dX, which is no head.
+
         Raises:
             ValueError: there is no head for one of the targets.
         """
-        raise NotImplementedError
+        heads: dict[str, dict[str, Any]] = {}
+        direct = cls.vector_output is not Backbone.vector_output
+        for target in targets:
+            if (target.level, target.rank) == ("system", 0):
+                pooling = "sum" if target.extensive else "mean"
+                heads[target.name] = {"module": "scalar_head", "prop": target.name, "pooling": pooling}
+            elif (target.level, target.rank) == ("atom", 1) and direct:
+                heads[target.name] = {"module": "vector_head", "prop": target.name}
+            elif target.name != "forces":
+                raise ValueError(f"outputs.{target.name}: {cls.__name__} has no head for it; name one in model.heads")
+        return heads
 
 
 def check_elements(atomic_numbers: Tensor, known: Tensor) -> None:

@@ -1,16 +1,23 @@
-"""FAENet for fairchem: registered backbone and heads, thin around `faenet` and `heads`."""
+"""Networks for fairchem: registered backbones and heads, thin around `base.Backbone` and FAENet's heads."""
 
+from collections.abc import Callable
 from typing import Any
 
 from fairchem.core.common.registry import registry
 from fairchem.core.datasets.atomic_data import AtomicData
 from fairchem.core.models.base import BackboneInterface, HeadInterface
-from torch import Tensor
+from torch import Tensor, nn
 
+from faenet_ocp.common.checks import choice
 from faenet_ocp.graph.vectors import edge_vectors
 from faenet_ocp.models.base import Backbone, NodeFeatures
 from faenet_ocp.models.faenet import FAENet
+from faenet_ocp.models.functional import segment_sum
 from faenet_ocp.models.heads import EnergyHead, ForceHead
+from faenet_ocp.models.peers.dimenetpp import DimeNetPlusPlus
+from faenet_ocp.models.peers.egnn import EGNN
+from faenet_ocp.models.peers.painn import PaiNN
+from faenet_ocp.models.peers.schnet import SchNet
 
 
 class FairchemBackbone(BackboneInterface):
@@ -49,13 +56,61 @@ def inputs_of(network: Backbone, data: AtomicData) -> dict[str, Any]:
     }
 
 
-@registry.register_model("faenet")
-class FAENetBackbone(FAENet, FairchemBackbone):
-    """FAENet as a fairchem backbone: options as `faenet.FAENet`, input an AtomicData with edges."""
+def register_network(name: str) -> Callable[[type[Backbone]], type[Backbone]]:
+    """Decorator that makes a network a model of fairchem, for `model.name` in YAML: it then takes batches."""
 
-    def forward(self, data: AtomicData) -> dict[str, NodeFeatures]:  # type: ignore[override]
-        """The embeddings of a batch for the heads, `{"features": NodeFeatures}`."""
-        return {"features": super().forward(**inputs_of(self, data))}
+    def register(network: type[Backbone]) -> type[Backbone]:
+        def forward(self: Any, data: AtomicData) -> dict[str, NodeFeatures]:
+            return {"features": network.forward(self, **inputs_of(self, data))}
+
+        members = {"forward": forward, "__module__": network.__module__, "__doc__": network.__doc__}
+        return registry.register_model(name)(type(network.__name__, (network, FairchemBackbone), members))
+
+    return register
+
+
+def _register(name: str, network: type[Backbone]) -> type[Backbone]:
+    """One of this package's: the network keeps its name, the model has another, under which pickles find it."""
+    model = register_network(name)(network)
+    model.__module__, model.__name__ = __name__, f"{network.__name__}Backbone"
+    model.__qualname__ = model.__name__
+    return model
+
+
+FAENetBackbone = _register("faenet", FAENet)
+SchNetBackbone = _register("schnet", SchNet)
+DimeNetPlusPlusBackbone = _register("dimenetpp", DimeNetPlusPlus)
+PaiNNBackbone = _register("painn", PaiNN)
+EGNNBackbone = _register("egnn", EGNN)
+
+
+@registry.register_model("scalar_head")
+class ScalarHead(nn.Module, HeadInterface):
+    """A scalar of systems: the backbone's `scalar_output`, summed over the atoms of each, or their mean."""
+
+    def __init__(self, backbone: Backbone, *, prop: str = "energy", pooling: str = "sum"):
+        super().__init__()
+        self.prop, self.pooling = prop, choice("pooling", pooling, ("sum", "mean"))
+        self.output = backbone.scalar_output()
+
+    def forward(self, data: AtomicData, emb: dict[str, Any]) -> dict[str, Tensor]:
+        """`{prop: (B,)}`, normalised."""
+        values = segment_sum(self.output(emb["features"])[:, 0], data.batch, len(data.natoms))
+        return {self.prop: values / data.natoms if self.pooling == "mean" else values}
+
+
+@registry.register_model("vector_head")
+class VectorHead(nn.Module, HeadInterface):
+    """A vector of atoms: the backbone's `vector_output`."""
+
+    def __init__(self, backbone: Backbone, *, prop: str = "forces"):
+        super().__init__()
+        self.prop = prop
+        self.output = backbone.vector_output()
+
+    def forward(self, data: AtomicData, emb: dict[str, Any]) -> dict[str, Tensor]:
+        """`{prop: (N, 3)}`, normalised, in the frame."""
+        return {self.prop: self.output(emb["features"])}
 
 
 _LIKE_BACKBONE: Any = object()

@@ -44,17 +44,17 @@ class Graph(NamedTuple):
         source: j of every edge, (E,).
         target: i of every edge, (E,).
         edge_embedding: e_ij, (E, F).
-        envelope: factor of the messages of every edge, (E, 1); None is one.
         norm_batch: system of every atom, (N,); None to normalise over all atoms of the batch.
         num_systems: B.
+        envelope: factor of the messages of every edge, (E, 1); None is one.
     """
 
     source: Tensor
     target: Tensor
     edge_embedding: Tensor
-    envelope: Tensor | None
     norm_batch: Tensor | None
     num_systems: int
+    envelope: Tensor | None = None
 
 
 def sum_messages(filters: Tensor, values: Tensor, graph: Graph) -> Tensor:

@@ -1,8 +1,9 @@
-"""OC20's LMDB files to packed ones (``packed_records``): in several processes, resumable, compared with their source.
+"""OC20's LMDB files, or any that ASE reads, to packed ones: in several processes, resumable, compared with the source.
 
-A packed file has the name of its source and gets it when it is whole, on disk, and every record of it has been read
-back and compared. Until then it is a hidden file with the ending `.partial`, to which the next call adds what is
-missing: records are added in order and in transactions, so a killed call leaves the first n of them.
+A packed file has the name of its source (`a.extxyz.lmdb` for `a.extxyz`) and gets it when it is whole, on disk, and
+every record of it has been read back and compared. Until then it is a hidden file with the ending `.partial`, to which
+the next call adds what is missing: records are added in order and in transactions, so a killed call leaves the first n
+of them.
 """
 
 import json
@@ -16,9 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from faenet_ocp.common.checks import RecordError
+from faenet_ocp.common.checks import RecordError, choice
 from faenet_ocp.common.files import exclusive, expand_path, file_state, publish
 from faenet_ocp.common.pool import ordered_map
+from faenet_ocp.data.ase_files import AseFile, visible_files
 from faenet_ocp.data.fields import Fields
 from faenet_ocp.data.lmdb_files import PACKED_KEY, LmdbFile, resolve_files
 from faenet_ocp.data.packed import LEFT_OUT, PackedFile, decode_packed, encode_packed, prepare_edges, write_header
@@ -29,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 _SOURCE_KEY = b"source"
 LOCK_NAME = ".packing.lock"
+FORMATS = ("oc20_lmdb", "ase")
 _RECORDS_PER_TASK = 64
 
 
@@ -48,13 +51,22 @@ class PackedShardWriter(LmdbShardWriter):
         return PACKED_KEY, write_header(count=len(self), source=self._source)
 
 
-def pack(data_path: str | Path, out_path: str | Path, *, num_workers: int = 1) -> int:
-    """Pack all LMDB files below a folder, or one file, or finish what an earlier call began.
+def pack(
+    data_path: str | Path,
+    out_path: str | Path,
+    *,
+    num_workers: int = 1,
+    source_format: str = "oc20_lmdb",
+    tags: str | None = None,
+) -> int:
+    """Pack all files below a folder, or one file, or finish what an earlier call began.
 
     Args:
         data_path: a folder, for example OC20's `data`, or a file.
         out_path: folder of the packed files, at the same places below it, each folder with a `metadata.npz`.
         num_workers: processes; what is written does not depend on it.
+        source_format: oc20_lmdb, or ase for files that ASE reads; all numbers that come with a structure are kept.
+        tags: of the format ase: "file" (default), "fixed" or "none", see ``tags.assign_tags``.
 
     Returns:
         The number of records in all packed files.
@@ -69,18 +81,23 @@ def pack(data_path: str | Path, out_path: str | Path, *, num_workers: int = 1) -
         raise ValueError(f"num_workers: {num_workers} is not at least 1")
     if data_path.resolve() == out_path.resolve():
         raise ValueError(f"{out_path}: is the folder of the data; choose another one")
-    files = [path for kind in ("*.lmdb", "data.mdb") for path in data_path.rglob(kind) if path.is_file()]
+    choice("source_format", source_format, FORMATS)
+    if tags is not None and source_format != "ase":
+        raise ValueError(f"tags: {tags!r} is for files that ASE reads; OC20's files have OC20's tags")
+    kinds = ("*.lmdb", "data.mdb") if source_format == "oc20_lmdb" else ("*",)
+    found = [path for kind in kinds for path in data_path.rglob(kind)]
+    files = [path for path in found if path.is_file() and not path.name.startswith(".")]
     folders = sorted({path.parent for path in files}) if data_path.is_dir() else [data_path]
     if not folders:
-        raise ValueError(f"{data_path}: no *.lmdb file is there or below")
+        raise ValueError(f"{data_path}: no file ({', '.join(kinds)}) is there or below")
     total = 0
     out_path.mkdir(parents=True, exist_ok=True)
     with exclusive(out_path / LOCK_NAME, out_path):
         for folder in folders:
-            sources = [LmdbFile(path) for path in resolve_files(folder) if path == folder or path.parent == folder]
+            sources = _sources(folder, source_format, tags)
             target = out_path / folder.relative_to(data_path) if data_path.is_dir() else out_path
             target.mkdir(parents=True, exist_ok=True)
-            sizes = [_pack_file(source, target / source.path.name, num_workers) for source in sources]
+            sizes = [pack_file(source, target / _name(source), num_workers) for source in sources]
             natoms, neighbors = (np.concatenate([pair[column] for pair in sizes]) for column in (0, 1))
             if len(natoms):
                 write_metadata(target, natoms=natoms, neighbors=neighbors if neighbors.any() else None)
@@ -88,11 +105,28 @@ def pack(data_path: str | Path, out_path: str | Path, *, num_workers: int = 1) -
     return total
 
 
+def _sources(folder: Path, source_format: str, tags: str | None) -> list[LmdbFile]:
+    """The files of a folder, or the one file."""
+    if source_format == "ase":
+        paths = visible_files(folder) if folder.is_dir() else [folder]
+        return [AseFile(path, tags=tags or "file") for path in paths]
+    return [LmdbFile(path) for path in resolve_files(folder) if path == folder or path.parent == folder]
+
+
+def _name(source: LmdbFile) -> str:
+    return f"{source.path.name}.lmdb" if isinstance(source, AseFile) else source.path.name
+
+
+def _fields(source: LmdbFile, position: int) -> Fields:
+    value = source.read(position)
+    return decode_record(value) if isinstance(value, bytes) else value
+
+
 # One file
 
 
-def _pack_file(source: LmdbFile, target: Path, num_workers: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Pack one file; natoms and neighbors of its records."""
+def pack_file(source: Any, target: Path, num_workers: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Pack one file, or what has its `path`, `item`, `numbers`, length and `read`; natoms and neighbors of each."""
     made_from = {"name": source.path.name, "records": len(source), "state": file_state(source.path)}
     if not target.exists():
         _write(source, target, made_from, num_workers)
@@ -168,9 +202,11 @@ def _encode(source: LmdbFile, start: int, stop: int) -> list[tuple[bytes, bytes]
     items = []
     for position in range(start, stop):
         try:
-            value = encode_packed(prepare_edges(decode_record(source.read(position))))
+            value = encode_packed(prepare_edges(_fields(source, position)))
         except RecordError as error:
-            raise RecordError(f"{source.path}: record {source.numbers[position]} {error}") from error
+            known = str(source.path) in str(error)
+            where = "" if known else f"{source.path}: {source.item} {source.numbers[position]} "
+            raise RecordError(f"{where}{error}") from error
         items.append((b"%d" % position, value))
     return items
 
@@ -190,7 +226,7 @@ def _compare(source: LmdbFile, packed: Path, start: int, stop: int) -> list[tupl
     sizes = []
     with lmdb.open(str(packed), subdir=False, readonly=True, lock=False) as env, env.begin() as txn:
         for position in range(start, stop):
-            original = decode_record(source.read(position))
+            original = _fields(source, position)
             try:
                 found = decode_packed(txn.get(b"%d" % position) or b"")
             except RecordError as error:

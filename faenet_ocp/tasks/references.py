@@ -268,7 +268,7 @@ def fits_to_dict(fits: Mapping[str, CompositionFit]) -> dict[str, Any] | None:
     others = {name: fit.to_dict() for name, fit in fits.items()}
     if not others:
         return None
-    return others.pop("energy") | ({"others": others} if others else {})
+    return others.pop("energy", {}) | ({"others": others} if others else {})
 
 
 def fits_from_dict(data: Mapping[str, Any] | None) -> dict[str, CompositionFit]:
@@ -276,7 +276,8 @@ def fits_from_dict(data: Mapping[str, Any] | None) -> dict[str, CompositionFit]:
     if not data:
         return {}
     energy = {key: value for key, value in data.items() if key != "others"}
-    return {name: CompositionFit.from_dict(fit) for name, fit in {"energy": energy, **data.get("others", {})}.items()}
+    found = ({"energy": energy} if energy else {}) | data.get("others", {})
+    return {name: CompositionFit.from_dict(fit) for name, fit in found.items()}
 
 
 def _check_composition(composition: Tensor) -> Tensor:

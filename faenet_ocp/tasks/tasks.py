@@ -120,20 +120,34 @@ def to_physical(tasks: Sequence[Task], outputs: Mapping[str, Any], batch: Atomic
 
 
 def energy_gradient_forces(
-    tasks: Sequence[Task], outputs: Mapping[str, Any], pos: Tensor, *, keep_graph: bool = False
+    tasks: Sequence[Task],
+    outputs: Mapping[str, Any],
+    pos: Tensor,
+    *,
+    keep_graph: bool = False,
+    differentiable: bool = False,
 ) -> Tensor:
-    """-dE/dX in the units of the normalised forces, (N, 3), without a graph of its own.
+    """-dE/dX in the units of the normalised forces, (N, 3).
 
     Args:
         tasks: energy and forces among them.
         outputs: of the model, for a batch whose `pos` required gradients.
         pos: (N, 3).
         keep_graph: the outputs will be differentiated again.
+        differentiable: the forces, too, can be differentiated.
     """
     scale = {task.name: task.normalizer.rmsd for task in tasks}
     energy = outputs["energy"]["energy"].sum()
-    (gradient,) = torch.autograd.grad(energy, pos, retain_graph=keep_graph)
+    (gradient,) = torch.autograd.grad(
+        energy, pos, retain_graph=keep_graph or differentiable, create_graph=differentiable
+    )
     return -gradient * (scale["energy"] / scale["forces"]).to(gradient)
+
+
+def has_no_forces_of_its_own(model: nn.Module, tasks: Sequence[Task]) -> bool:
+    """Whether forces are asked for that the model has no head for: they are -dE/dX."""
+    heads = getattr(model, "output_heads", {"forces": None})
+    return any(task.name == "forces" for task in tasks) and "forces" not in heads
 
 
 def conservative_outputs(model: nn.Module, tasks: Sequence[Task], batch: AtomicData) -> dict[str, Any]:

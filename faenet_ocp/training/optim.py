@@ -2,13 +2,14 @@
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from faenet_ocp.config.schema import OptimConfig
+from faenet_ocp.config.optim import OptimConfig, PlateauConfig
 
 _Tensors = tuple[Tensor, ...] | list[Tensor]
 
@@ -27,21 +28,61 @@ def warn_of_long_warmup(optim: OptimConfig, total_steps: int) -> None:
 
 
 def learning_rate_schedule(optim: OptimConfig, total_steps: int) -> Callable[[int], float]:
-    """Factor of `lr_initial` by step: linear warm-up from `warmup_factor` to 1, then a cosine down to `lr_min_factor`.
+    """Factor of `lr_initial` by step: linear warm-up from `warmup_factor` to 1, then as `scheduler` says.
 
-    Steps count optimiser steps; the cosine ends at the last step of training.
+    A cosine goes down to `lr_min_factor` at the last step of training; milestones multiply by `gamma`; what a plateau
+    brings is a factor of its own (`Plateau`). Steps count optimiser steps.
     """
     warmup = optim.warmup_steps
 
     def factor(step: int) -> float:
         if step < warmup:
             return optim.warmup_factor + (1 - optim.warmup_factor) * step / warmup
-        if optim.scheduler == "constant":
+        if optim.multistep is not None:
+            return optim.multistep.gamma ** sum(step >= milestone for milestone in optim.multistep.milestones)
+        if optim.scheduler != "linear_warmup_cosine":
             return 1.0
         progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
         return optim.lr_min_factor + (1 - optim.lr_min_factor) * 0.5 * (1 + math.cos(math.pi * progress))
 
     return factor
+
+
+class Plateau:
+    """What `optim.scheduler: reduce_on_plateau` makes of the learning rate, by PyTorch's scheduler of this name.
+
+    Attributes:
+        factor: of the learning rate, 1 at first.
+    """
+
+    def __init__(self, optim: OptimConfig, *, higher_is_better: bool):
+        given = optim.plateau or PlateauConfig()
+        self._optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)  # stands for the one whose rate also warms up
+        self._scheduler = ReduceLROnPlateau(
+            self._optimizer,
+            mode="max" if higher_is_better else "min",
+            factor=given.factor,
+            patience=given.patience,
+            min_lr=given.min_lr / optim.lr_initial,
+        )
+
+    @property
+    def factor(self) -> float:
+        return self._optimizer.param_groups[0]["lr"]
+
+    def step(self, value: float) -> None:
+        """Takes the metric of an evaluation."""
+        self._scheduler.step(value)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Factor, best value, and evaluations since."""
+        scheduler = self._scheduler
+        return {"factor": self.factor, "best": scheduler.best, "num_bad_epochs": scheduler.num_bad_epochs}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `state_dict`; settings stay those of now."""
+        self._optimizer.param_groups[0]["lr"] = state["factor"]
+        self._scheduler.best, self._scheduler.num_bad_epochs = state["best"], state["num_bad_epochs"]
 
 
 def make_optimizer(optim: OptimConfig) -> Callable[..., torch.optim.Optimizer]:

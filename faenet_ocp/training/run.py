@@ -15,8 +15,7 @@ from fairchem.core.common import distutils
 from numpy.typing import NDArray
 from omegaconf import DictConfig
 from torch.utils.data import DataLoader, Dataset
-from torchtnt.framework import State, train
-from torchtnt.framework.callback import Callback
+from torchtnt.framework import train
 
 from faenet_ocp import build
 from faenet_ocp.checkpoint import (
@@ -44,7 +43,9 @@ from faenet_ocp.tasks.references import (
     statistics_sample,
 )
 from faenet_ocp.tasks.tasks import load_tasks_state, make_tasks, needs_fit, tasks_state
+from faenet_ocp.training.hooks import Hooks
 from faenet_ocp.training.loggers import MetricLogger
+from faenet_ocp.training.optim import Plateau
 from faenet_ocp.training.start import announce_shifts, check_statistics, fingerprints
 from faenet_ocp.training.unit import OCPTrainUnit
 
@@ -89,11 +90,16 @@ class TrainingRun:
             self.evaluate_and_save()
         self.stepping = True
         try:
-            train(self.unit, loader, max_epochs=optim.max_epochs, max_steps=optim.max_steps, callbacks=[_Hooks(self)])
+            if not self.ends_early():
+                train(
+                    self.unit, loader, max_epochs=optim.max_epochs, max_steps=optim.max_steps, callbacks=[Hooks(self)]
+                )
         finally:
             self.stepping = False
             if self.logger is not None:
                 self.logger.close()
+        if distutils.is_master():
+            logging.info("training has ended: %s", self._ended())
         self._final_report()
 
     def _make_loader(self, source: SourceConfig) -> DataLoader:
@@ -141,7 +147,19 @@ class TrainingRun:
             amp=config.job.amp,
             print_every=config.job.print_every,
             failures=self.folder / "failures",
+            plateau=self._make_plateau(),
         )
+
+    def _make_plateau(self) -> Plateau | None:
+        """What makes the learning rate follow a metric, if it does."""
+        if self.config.optim.scheduler != "reduce_on_plateau":
+            return None
+        metric = metrics_of(self.config.targets)[self._followed()]
+        return Plateau(self.config.optim, higher_is_better=metric.higher_is_better)
+
+    def _followed(self) -> str:
+        given = self.config.optim.plateau
+        return (given and given.metric) or self.config.evaluation_metrics.primary_metric.metric
 
     def _make_logger(self) -> MetricLogger:
         return MetricLogger(
@@ -264,9 +282,30 @@ class TrainingRun:
         value = outcomes[primary.split].metrics[primary.metric]
         shown = ", ".join(f"{s} {o.metrics[primary.metric]:.4f}" for s, o in outcomes.items())
         logging.info("step %d: %s: %s", step, primary.metric, shown)
+        self.unit.follow(outcomes[primary.split].metrics[self._followed()])
+        self.best["evaluations_since"] = self.best.get("evaluations_since", 0) + 1
         if self._is_best(value):
-            self.best = {"value": value, "step": step}
+            self.best = {"value": value, "step": step, "evaluations_since": 0}
             self._write(lambda: save_checkpoint(self.checkpoints / "best.pt", self.state()))
+
+    def ends_early(self) -> bool:
+        """Whether there have been as many evaluations without a better one as `optim.early_stopping` allows."""
+        given, since = self.config.optim.early_stopping, self.best.get("evaluations_since", 0)
+        return (
+            given is not None
+            and since >= given.patience
+            and self.unit.train_progress.num_epochs_completed >= given.min_epochs
+        )
+
+    def _ended(self) -> str:
+        """Why training ended, in words."""
+        if not self.ends_early():
+            return f"all {self.unit.total_steps} steps"
+        primary = self.config.evaluation_metrics.primary_metric
+        return (
+            f"early stopping: no better {primary.metric} on {primary.split} in {self.best['evaluations_since']} "
+            f"evaluations since step {self.best['step']}"
+        )
 
     def _is_best(self, value: float) -> bool:
         best = self.best["value"]
@@ -284,7 +323,12 @@ class TrainingRun:
         state = load_checkpoint(path)
         load_weights(self.unit.raw_model, state)
         outcomes = self.evaluator.evaluate(self.unit.raw_model, self.tasks, self.fits)
-        self.evaluator.report(self.unit.raw_model, outcomes, state | {"epoch_seconds": self.epoch_seconds}, str(path))
+        self.evaluator.report(
+            self.unit.raw_model,
+            outcomes,
+            state | {"epoch_seconds": self.epoch_seconds, "ended": self._ended()},
+            str(path),
+        )
 
     def _statistics(self, source: SourceConfig) -> dict[str, CompositionFit]:
         """Least squares on compositions and label statistics of the training set, kept in `statistics.json`."""
@@ -313,46 +357,3 @@ class TrainingRun:
         if distutils.is_master():
             write_json(path, {"training_set": key, "fit": fits_to_dict(fits)})
         return fits
-
-
-class _Hooks(Callback):
-    """When to evaluate and save."""
-
-    def __init__(self, run: TrainingRun):
-        self.run, self.optim = run, run.config.optim
-        self.epoch_start: float | None = None
-        self.paused = 0.0
-
-    def on_train_epoch_start(self, state: State, unit: Any) -> None:
-        self.epoch_start, self.paused = time.perf_counter(), 0.0
-
-    def on_train_step_end(self, state: State, unit: Any) -> None:
-        before, step = time.perf_counter(), unit.train_progress.num_steps_completed
-        if unit.train_progress.num_steps_completed_in_epoch == unit.steps_per_epoch:
-            return  # the end of the epoch does it
-        if self.optim.eval_every and step % self.optim.eval_every == 0:
-            self.run.evaluate_and_save()
-        elif unit.stopping or (self.optim.checkpoint_every and step % self.optim.checkpoint_every == 0):
-            self.run.save()
-        self.paused += time.perf_counter() - before
-        self._stop_if_asked(unit)
-
-    def on_train_epoch_end(self, state: State, unit: Any) -> None:
-        if self.epoch_start is not None:  # an epoch that a resumed run only finished is not timed
-            self.run.epoch_seconds.append(time.perf_counter() - self.epoch_start - self.paused)
-            self.epoch_start = None
-        progress = unit.train_progress
-        every, done = self.optim.eval_every_epochs, progress.num_epochs_completed >= self.optim.max_epochs
-        stopped = self.optim.max_steps is not None and progress.num_steps_completed >= self.optim.max_steps
-        due = self.optim.eval_every and progress.num_steps_completed % self.optim.eval_every == 0
-        if done or stopped or due or (every and progress.num_epochs_completed % every == 0):
-            self.run.evaluate_and_save()
-        else:
-            self.run.save()
-        self._stop_if_asked(unit)
-
-    def _stop_if_asked(self, unit: Any) -> None:
-        if unit.stopping:
-            if distutils.is_master():
-                logging.warning("stopped; the same command goes on from %s", self.run.checkpoints / "last.pt")
-            raise SystemExit(self.run.stop_code)

@@ -25,13 +25,13 @@ from torch.optim.swa_utils import AveragedModel
 from torchtnt.framework import State
 from tqdm import tqdm
 
-from faenet_ocp.config.schema import OptimConfig
+from faenet_ocp.config.optim import OptimConfig
 from faenet_ocp.data.loader import Batches
 from faenet_ocp.evaluation import log_names
 from faenet_ocp.tasks.losses import SummedLoss, loss_mask, task_loss
-from faenet_ocp.tasks.tasks import energy_gradient_forces
+from faenet_ocp.tasks.tasks import energy_gradient_forces, has_no_forces_of_its_own
 from faenet_ocp.training.loggers import MetricLogger
-from faenet_ocp.training.optim import learning_rate_schedule, make_optimizer, total_steps, warming_ema
+from faenet_ocp.training.optim import Plateau, learning_rate_schedule, make_optimizer, total_steps, warming_ema
 
 
 class _LossTerm(NamedTuple):
@@ -76,9 +76,11 @@ class OCPTrainUnit(MLIPTrainEvalUnit):
         amp: bool,
         print_every: int,
         failures: Path,
+        plateau: Plateau | None = None,
     ):
-        self.total_steps = total_steps(optim, steps_per_epoch)
-        self.schedule = learning_rate_schedule(optim, self.total_steps)
+        self.total_steps, self.warmup_steps = total_steps(optim, steps_per_epoch), optim.warmup_steps
+        by_step = learning_rate_schedule(optim, self.total_steps)
+        self.schedule = lambda step: by_step(step) * (1.0 if plateau is None else plateau.factor)
         super().__init__(
             job_config=job_config,
             model=model,
@@ -92,6 +94,7 @@ class OCPTrainUnit(MLIPTrainEvalUnit):
             save_inference_ckpt=False,
         )
         self.load_scheduler(steps_per_epoch)
+        self.plateau = plateau
         self.all_tasks = list(tasks)
         self.terms = [_LossTerm(task.name, task.loss_fn, task, partial(task_loss, task)) for task in self.tasks]
         self.gradient_loss = gradient_loss
@@ -152,10 +155,14 @@ class OCPTrainUnit(MLIPTrainEvalUnit):
 
     def _losses(self, batch: AtomicData, counts: Tensor) -> Tensor:
         """This micro-batch's part of each loss; DDP averages gradients over ranks, hence the world size."""
-        if self.gradient_loss is not None and self._has_begun(self.gradient_loss):
+        conservative = has_no_forces_of_its_own(self.raw_model, self.all_tasks)
+        if conservative or (self.gradient_loss is not None and self._has_begun(self.gradient_loss)):
             batch.pos.requires_grad_(True)
         with torch.autocast(batch.pos.device.type, enabled=self.autocast_enabled, dtype=self.autocast_dtype):
             outputs = self.model(batch)
+        if conservative:
+            forces = energy_gradient_forces(self.all_tasks, outputs, batch.pos, differentiable=True)
+            outputs = {**outputs, "forces": {"forces": forces}}
         # A term that has not begun is multiplied by 0: every parameter takes part in every step, as DDP wants.
         parts = [term.value(outputs, batch) * float(self._has_begun(term.loss)) for term in self.terms]
         return torch.stack(parts) * (distutils.get_world_size() / counts)
@@ -274,6 +281,19 @@ class OCPTrainUnit(MLIPTrainEvalUnit):
             self._progress_bar.close()
         logging.info("training is complete: %d steps", self.train_progress.num_steps_completed)
 
+    def follow(self, value: float) -> None:
+        """Tells the learning rate of the metric that it follows."""
+        if self.plateau is not None and self.train_progress.num_steps_completed >= self.warmup_steps:
+            self.plateau.step(value)
+            self._set_rates(self.train_progress.num_steps_completed)
+
+    def _set_rates(self, step: int) -> None:
+        """The learning rate of the next step, after so many."""
+        rates = [rate * self.schedule(step) for rate in self.scheduler.base_lrs]
+        self.scheduler._last_lr = rates
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+
     # ------------------------------------------------------------------------------------ state
     def state_dict(self) -> dict[str, Any]:
         """Everything that training needs to go on, as plain data (DDP keeps ranks equal, so one rank's is enough)."""
@@ -284,6 +304,7 @@ class OCPTrainUnit(MLIPTrainEvalUnit):
             "scheduler": self.scheduler.state_dict(),
             "progress": self.train_progress.state_dict(),
             "num_skipped": self.num_skipped,
+            "plateau": None if self.plateau is None else self.plateau.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -294,10 +315,12 @@ class OCPTrainUnit(MLIPTrainEvalUnit):
         settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
         steps, base = state["progress"]["num_steps_completed"], self.scheduler.base_lrs
-        rates = [rate * self.schedule(steps) for rate in base]
-        self.scheduler.load_state_dict(state["scheduler"] | {"base_lrs": base, "_last_lr": rates})
-        for group, now, rate in zip(self.optimizer.param_groups, settings, rates, strict=True):
-            group.update(now | {"lr": rate})
+        if self.plateau is not None and state.get("plateau") is not None:
+            self.plateau.load_state_dict(state["plateau"])
+        self.scheduler.load_state_dict(state["scheduler"] | {"base_lrs": base})
+        for group, now in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(now)
+        self._set_rates(steps)
         epochs, in_epoch = divmod(steps, self.steps_per_epoch)  # an epoch that max_steps cut short goes on
         progress = {"num_epochs_completed": epochs, "num_steps_completed_in_epoch": in_epoch}
         self.train_progress.load_state_dict(progress | {"num_steps_completed": steps})

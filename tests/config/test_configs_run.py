@@ -24,6 +24,10 @@ def test_a_step_at_real_size(path: Path, small_is2re: Path, small_s2ef: Path) ->
     is2re = raw["task"] == "is2re"
     source = "is2re/all/train/data.lmdb" if is2re else "s2ef/2M/train"
     data = {"root": str(small_is2re if is2re else small_s2ef), "train": {"src": source}}
+    if raw["task"] == "qm9":  # with energies in place of its targets
+        raw["task"], source = "is2re", "is2re/all/train/data.lmdb"
+        data |= {"root": str(small_is2re), "train": {"src": source, "index": None}, "target": None}
+        data |= {"format": "oc20_lmdb", "val": {"val": {"src": source, "index": None}, "test": None}}
     if raw["dataset"]["format"] == "ase":
         data["format"], data["tags"] = "oc20_lmdb", None
     if "from_train" in raw["dataset"]["val"].get("val", {}):

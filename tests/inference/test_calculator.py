@@ -360,6 +360,28 @@ def test_elements_that_the_model_does_not_know(s2ef: State) -> None:
         Predictor(s2ef)([ase.Atoms("OPtCu", positions=np.eye(3) * 2, tags=[2, 1, 1])])
 
 
+def test_tags_and_adsorbate_of_other_programs(s2ef: State, is2re: State, caplog: pytest.LogCaptureFixture) -> None:
+    """As CatBench drives calculators: fixed atoms in FixAtoms, no tags, or the same for all, the adsorbate anywhere."""
+    order = np.random.default_rng(0).permutation(len(slab()))
+    right = slab()[order]
+    for state in (s2ef, is2re):
+        expected = Predictor(state)([right])[0].energy
+        for tags in (None, 1):
+            given = right.copy()
+            del given.arrays["tags"]
+            if tags is not None:
+                given.set_tags(tags)
+            for adsorbate in ("metal", np.flatnonzero(right.get_tags() == 2), lambda atoms: atoms.numbers == 8):
+                calculator = FAENetCalculator(state, tags="fixed", adsorbate=adsorbate)
+                found = calculator.get_potential_energy(given)
+                assert found == pytest.approx(expected, abs=1e-5)
+        caplog.clear()
+        (wrong,) = Predictor(state)([given])  # all are of tag 1
+        assert abs(wrong.energy - expected) > 1e-4 and "no atom has tag 2" in caplog.text
+    with pytest.raises(ValueError, match="tags: none, but the checkpoint's model embeds tags"):
+        Predictor(s2ef, tags="none")
+
+
 def test_a_slab_without_tags(s2ef: State, is2re: State, caplog: pytest.LogCaptureFixture) -> None:
     atoms = slab()
     atoms.set_tags(0)

@@ -544,9 +544,7 @@ def test_the_command_leaves_out_what_it_cannot_use(
     for number, atoms in enumerate(structures):
         ase.io.write(tmp_path / "in" / f"{number}.vasp", atoms, format="vasp")
     arguments = ["--checkpoint", str(checkpoint.parents[1]), "--input", str(tmp_path / "in"), "--max-steps", "0"]
-    with pytest.raises(
-        SystemExit, match=r"none .* usable; the first: .*has no tags, which the model needs; tags: file"
-    ):
+    with pytest.raises(SystemExit, match=r"none .* usable; the first: .*has no tags, .* tags: file"):
         script.main([*arguments, "--output", str(tmp_path / "untagged")])
     arguments += ["--tags", "fixed", "--adsorbate", "metal"]
     with pytest.raises(SystemExit) as ending:

@@ -49,7 +49,7 @@ def test_attention_is_refused():
 
 
 def test_null_keeps_all_neighbours():
-    atoms = Atoms("Cu20", np.random.default_rng(0).uniform(0, 5, (20, 3)))
+    atoms = Atoms("Cu20", np.random.default_rng(0).uniform(0, 5, (20, 3)), tags=1)
     everything = atoms_to_data(atoms, cutoff=20.0, max_neighbors=None)
     assert everything.edge_index.shape[1] == 20 * 19
     assert atoms_to_data(atoms, cutoff=20.0, max_neighbors=5).edge_index.shape[1] < 20 * 19

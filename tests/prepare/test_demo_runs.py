@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import processes
+from faenet_ocp.launch.cli import main
 from faenet_ocp.prepare.demo.generate import SPLITS, DemoSettings, make_demo_data
 from prepare.demo_reading import SETTINGS, is2re
 from small_data import read_records
@@ -21,6 +22,19 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("demo") / "data"
     make_demo_data(folder, SETTINGS)
     return folder
+
+
+@pytest.mark.slow
+def test_the_demo_learns_forces_in_every_direction(tmp_path: Path) -> None:
+    """As `make demo` does it: correlation of at least 0.9 on val_id, for surface and adsorbate atoms apart."""
+    make_demo_data(tmp_path / "data", DemoSettings(), num_workers=2)
+    arguments = ["--config", "configs/demo/s2ef.yml", f"--dataset.root={tmp_path / 'data'}", "--run-dir", str(tmp_path)]
+    assert main([*arguments, "--identifier", "run"]) == 0
+    results = json.loads((tmp_path / "run" / "results" / "metrics.json").read_text())
+    groups = results["by_atoms"]["forces"]["val_id"]
+    assert set(groups) == {"surface", "adsorbate"}
+    for values in groups.values():
+        assert min(values["correlation"]) >= 0.9, groups
 
 
 def test_settings_are_checked(tmp_path: Path) -> None:

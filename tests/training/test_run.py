@@ -44,4 +44,5 @@ def test_the_best_checkpoint_follows_the_direction_of_its_metric(
     assert load_checkpoint(tmp_path / "run" / "checkpoints" / "best.pt")["best"] == {
         "value": [1.0, 3.0][best - 1],
         "step": best,
+        "evaluations_since": 0,
     }

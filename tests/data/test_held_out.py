@@ -1,0 +1,30 @@
+"""Shares of a training set: systems stay together, nothing is lost or used twice, the seed alone decides."""
+
+import numpy as np
+import pytest
+
+from faenet_ocp.data.held_out import hold_out
+
+GROUPS = np.random.default_rng(1).permutation(np.repeat(np.arange(50), np.arange(50) % 4 + 1))
+
+
+def test_parts_are_whole_systems_and_together_everything() -> None:
+    first, second, rest = hold_out(GROUPS, [0.1, 0.2], seed=3)
+    assert sorted([*first, *second, *rest]) == list(range(len(GROUPS)))
+    sets = [set(GROUPS[part]) for part in (first, second, rest)]
+    assert [len(found) for found in sets] == [5, 10, 35]
+    assert not (sets[0] & sets[1] or sets[0] & sets[2] or sets[1] & sets[2])
+    assert all((np.diff(part) > 0).all() for part in (first, second, rest))
+
+
+def test_the_seed_decides() -> None:
+    again, other = (hold_out(GROUPS, [0.1], seed=seed)[0] for seed in (3, 4))
+    np.testing.assert_array_equal(hold_out(GROUPS, [0.1], seed=3)[0], again)
+    assert set(again) != set(other)
+
+
+def test_something_has_to_be_left() -> None:
+    assert [len(part) for part in hold_out(np.array([0, 0, 1]), [0.01], seed=0)] in ([2, 1], [1, 2])
+    for groups, shares in ((np.zeros(9, dtype=int), [0.1]), (np.arange(10), [0.5, 0.5])):
+        with pytest.raises(ValueError, match=r"from_train: .* would be held out, and none left to train on"):
+            hold_out(groups, shares, seed=0)
