@@ -224,7 +224,7 @@ class Config(Section):
     """
 
     trainer: str
-    task: Literal["is2re", "s2ef", "qm9", "properties"]
+    task: Literal["is2re", "s2ef", "qm7x", "qm9", "properties"]
     dataset: DatasetConfig
     model: dict[str, Any]
     frames: FramesConfig = FramesConfig(method="none")

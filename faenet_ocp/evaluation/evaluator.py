@@ -194,7 +194,7 @@ class Evaluator:
             task=config.task,
             targets=config.targets,
             dataset=dataset,
-            oc20=official,
+            official=official,
             run=RunInfo(
                 model=str(config.model["name"]),
                 config=str(self.folder.name),

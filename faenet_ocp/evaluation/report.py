@@ -1,8 +1,8 @@
 """Markdown tables of a results document (`results.build_results`). Computes no metric.
 
 The columns are those of the FAENet paper (Duval et al., ICML 2023), Table 9 for IS2RE, Table 1 and its extended form
-(C.4) for S2EF, elsewhere the first metric of each target; after them the other metrics that `targets.py` has titles
-for. Splits have the names that the configuration gives them; the paper's row stands below results on OC20 only.
+(C.4) for S2EF, Table 2 for QM7-X, elsewhere the first metric of each target; after them the other metrics that `targets.py` has titles
+for. Splits have the names that the configuration gives them; the paper's row stands below results on the same data only.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from faenet_ocp.evaluation.by_atoms import not_learnt
-from faenet_ocp.evaluation.results import BASELINES, SPLITS, unseen_in_words
+from faenet_ocp.evaluation.results import BASELINES, DATASETS, OFFICIAL_SIZES, SPLITS, unseen_in_words
 from faenet_ocp.targets import TARGETS, Metric, Target, metrics_of, targets_of
 
 # Rows of the paper as printed there (forces: meV/A in the paper, eV/A here).
@@ -35,6 +35,11 @@ _PAPER: dict[str, dict[str, Any]] = {
             "energy_mae": (0.3960, 0.4548, 0.4295, 0.5766, 0.4643),
             "forces_mae": (0.0511, 0.0589, 0.0507, 0.0694, 0.0575),
         },
+    },
+    "qm7x": {
+        "source": "Table 2",
+        "training_set": "QM7-X (4,068,193 training structures)",
+        "metrics": {"energy_mae": (0.01142, 0.01517), "forces_mae": (0.01754, 0.02123)},
     },
 }
 _PAPER_TABLE1_ENERGY = 0.4642
@@ -67,7 +72,7 @@ _Column = tuple[str, Callable[[_Row], str]]
 def render_table(results: Mapping[str, Any]) -> str:
     """Markdown of a results document: the main columns, the further metrics, then what the numbers stand for.
 
-    Rows: this run, the two baselines, and for OC20 the paper's FAENet, marked as the paper's.
+    Rows: this run, the two baselines, and on the paper's splits its FAENet, marked as the paper's.
 
     Args:
         results: of `results.build_results`.
@@ -76,11 +81,11 @@ def render_table(results: Mapping[str, Any]) -> str:
     main = _main_metrics(results, metrics)
     further = [metric for metric in metrics.values() if metric.title and metric not in main]
     rows, has_average = _rows(results), results["average"] is not None
-    papers = [_paper_row(results)] if results["oc20"] else []
+    papers = [_paper_row(results)] if results["official"] else []
     rows = [row for row in rows if row.has(main)]
     tables = [_table([*rows, *papers], _time_columns() + _split_columns(main, _ordered(results), average=has_average))]
     if results["task"] == "s2ef" and has_average:
-        papers = [_paper_row(results, energy_average=_PAPER_TABLE1_ENERGY)] if results["oc20"] else []
+        papers = [_paper_row(results, energy_average=_PAPER_TABLE1_ENERGY)] if results["official"] else []
         averages = [(metric.header, _cell("average", metric)) for metric in main]
         table1 = _table([*rows, *papers], _time_columns() + averages)
         tables = [
@@ -149,16 +154,16 @@ def _rows(results: Mapping[str, Any]) -> list[_Row]:
 
 def _paper_row(results: Mapping[str, Any], *, energy_average: float | None = None) -> _Row:
     paper = _PAPER[results["task"]]
-    metrics = paper["metrics"]
-    average = {key: values[-1] for key, values in metrics.items()}
+    metrics, splits = paper["metrics"], list(OFFICIAL_SIZES[results["task"]])
+    average = {key: values[-1] for key, values in metrics.items() if len(values) > len(splits)}
     if energy_average is not None:
         average["energy_mae"] = energy_average
     return _Row(
-        label="FAENet, the paper's (OC20, RTX8000)",
-        splits={split: {key: values[i] for key, values in metrics.items()} for i, split in enumerate(SPLITS)},
+        label=f"FAENet, the paper's ({DATASETS[results['task']]}, RTX8000)",
+        splits={split: {key: values[i] for key, values in metrics.items()} for i, split in enumerate(splits)},
         average=average,
-        seconds_per_epoch=paper["seconds_per_epoch"],
-        samples_per_s=paper["forward_samples_per_s"],
+        seconds_per_epoch=paper.get("seconds_per_epoch"),
+        samples_per_s=paper.get("forward_samples_per_s"),
     )
 
 
@@ -226,7 +231,7 @@ def _notes(results: Mapping[str, Any], metrics: Mapping[str, Metric]) -> str:
         f"{_format(speed['end_to_end_samples_per_s'], '.0f')} samples/s; "
         f"{_format(training['epochs'], '.4g')} epochs trained.",
     ]
-    if results["oc20"]:
+    if results["official"]:
         paper = _PAPER[results["task"]]
         facts.append(
             f"The paper's row: {paper['source']} of Duval et al. (ICML 2023), as published; {paper['training_set']}, "

@@ -19,20 +19,26 @@ BASELINES = {
     "mean_predictor": "mean predictor",
     "linear_in_composition": "linear in composition",
 }
-OFFICIAL_SIZES = {
+DATASETS = {"is2re": "OC20", "s2ef": "OC20", "qm7x": "QM7-X"}
+"""`dataset.name` of the data that the paper's tables are about, by task."""
+OFFICIAL_SIZES: dict[str, dict[str, int]] = {
     "is2re": {"val_id": 24943, "val_ood_ads": 24961, "val_ood_cat": 24963, "val_ood_both": 24987},
     "s2ef": {"val_id": 999866, "val_ood_ads": 999838, "val_ood_cat": 999809, "val_ood_both": 999944},
+    "qm7x": {"val_known": 104521, "val_unknown": 10100},
 }
-"""Systems in OC20's own validation splits: what else is evaluated is never called OC20."""
+"""Systems in the paper's validation splits: what else is evaluated is never called OC20 or QM7-X."""
+_DRAWN = {"val_known": 2000}
+"""How far a split that is drawn anew may be from that size."""
 
 
 def dataset_label(dataset: str, task: str, sizes: Mapping[str, int]) -> tuple[str, bool]:
-    """What results call a data set with these systems by split, and whether it is OC20's own validation splits."""
-    if dataset != "OC20" or task not in OFFICIAL_SIZES:
+    """What results call a data set with these systems by split, and whether it is the paper's splits."""
+    if dataset != DATASETS.get(task):
         return dataset, False
-    if all(OFFICIAL_SIZES[task].get(split) == size for split, size in sizes.items()):
-        return f"OC20 {task.upper()}", True
-    return "OC20's formats, not its validation splits", False
+    expected = OFFICIAL_SIZES[task]
+    if all(abs(size - expected.get(split, -size)) <= _DRAWN.get(split, 0) for split, size in sizes.items()):
+        return f"{dataset} {task.upper()}" if dataset == "OC20" else dataset, True
+    return f"{dataset}'s formats, not its validation splits", False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +74,7 @@ def build_results(
     task: str,
     targets: Sequence[Target],
     dataset: str,
-    oc20: bool,
+    official: bool,
     run: RunInfo,
     splits: Mapping[str, Mapping[str, float | int]],
     baselines: Mapping[str, Mapping[str, Mapping[str, float | int]]],
@@ -86,7 +92,7 @@ def build_results(
         task: a key of `targets.TASKS`.
         targets: what is predicted.
         dataset: what data this is, in words, for tables and plots ("OC20 IS2RE all").
-        oc20: True only for evaluation on OC20's own validation splits: the paper's row belongs to these.
+        official: True only for evaluation on the splits of the paper's table: its row belongs to these.
         run: see `RunInfo`.
         splits: split name to metrics (`validation.SplitOutcome.metrics`).
         baselines: split name to rows of `BASELINES` to metrics.
@@ -106,7 +112,7 @@ def build_results(
         "format": FORMAT,
         "task": task,
         "dataset": dataset,
-        "oc20": oc20,
+        "official": official,
         "run": asdict(run),
         "units": {name: metric.unit for name, metric in metrics.items()},
         "splits": splits,

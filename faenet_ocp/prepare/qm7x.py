@@ -16,6 +16,7 @@ import hashlib
 import json
 import logging
 import re
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -172,9 +173,8 @@ def _write_all(tasks: list[_Task], num_workers: int) -> None:
     faults, structures = [], 0
     total = sum(len(task.molecules) for task in tasks)
     with tqdm(total=total, unit="molecule", desc="preparing", smoothing=0.05, disable=not total) as bar:
-        for task, result in zip(
-            tasks, ordered_map(_write_shards, [(task,) for task in tasks], num_workers), strict=True
-        ):
+        results = ordered_map(_write_shards, [(task,) for task in tasks], num_workers)
+        for task, result in zip(tasks, results, strict=True):
             if isinstance(result, ValueError):
                 faults.append(str(result))
                 logger.error("%s", result)
@@ -189,35 +189,38 @@ def _write_all(tasks: list[_Task], num_workers: int) -> None:
 def _write_shards(task: _Task) -> int | ValueError:
     """Write the shards of one task: how many structures, or what is wrong with one."""
     natoms: dict[str, list[int]] = {split: [] for split in SPLITS}
+    writers: dict[str, PackedShardWriter] = {}
+    made_from = {"name": task.source.name, "molecules": task.molecules}
     try:
         with ExitStack() as stack:
-            file = stack.enter_context(_open(task.source))
-            writers: dict[str, PackedShardWriter] = {}
-            for idmol in task.molecules:
+            for split, record in _read_structures(task):
+                if split not in writers:
+                    shard = task.out_path / split / f"data.{task.number:04d}.lmdb"
+                    writers[split] = stack.enter_context(PackedShardWriter(shard, source=made_from, overwrite=True))
+                writers[split].append(encode_packed(record))
+                natoms[split].append(len(record["pos"]))
+    except ValueError as error:
+        return error
+    write_arrays(task.sizes, {split: np.array(sizes, np.int64) for split, sizes in natoms.items()})
+    return sum(map(len, natoms.values()))
+
+
+def _read_structures(task: _Task) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Split and record of each structure; ValueError at the first that is not as QM7-X's are."""
+    with _open(task.source) as file:
+        for idmol in task.molecules:
+            where = f"{task.source}: {idmol}"
+            try:
                 for idconf in sorted(file[idmol], key=natural_order):
                     where = f"{task.source}: {idmol}/{idconf}"
                     match = _IDCONF.fullmatch(idconf)
                     if match is None:
                         raise ValueError(f"{where}: expected an idconf such as Geom-m1-i1-c1-opt or Geom-m1-i1-c1-d1")
-                    if match[1] in task.left_out:
-                        continue
-                    record = _read(file[idmol][idconf], where) | {"sid": int(idmol), "fid": _number(match)}
-                    split = split_of(idmol, idconf, task.seed)
-                    if split not in writers:
-                        shard = task.out_path / split / f"data.{task.number:04d}.lmdb"
-                        source = {"name": task.source.name, "molecules": task.molecules}
-                        writer = PackedShardWriter(shard, source=source, overwrite=True)
-                        writers[split] = stack.enter_context(writer)
-                    writers[split].append(encode_packed(record))
-                    natoms[split].append(len(record["pos"]))
-    except ValueError as error:
-        return error
-    except (OSError, KeyError, RuntimeError, AttributeError, TypeError) as error:  # what h5py makes of a damaged file
-        return ValueError(
-            f"{task.source}: a molecule of {task.molecules[0]} to {task.molecules[-1]} is damaged: {error}"
-        )
-    write_arrays(task.sizes, {split: np.array(sizes, np.int64) for split, sizes in natoms.items()})
-    return sum(map(len, natoms.values()))
+                    if match[1] not in task.left_out:
+                        record = _read(file[idmol][idconf], where) | {"sid": int(idmol), "fid": _number(match)}
+                        yield split_of(idmol, idconf, task.seed), record
+            except (OSError, KeyError, RuntimeError, AttributeError, TypeError) as error:  # of h5py
+                raise ValueError(f"{where}: is damaged, or no group of QM7-X: {error}") from error
 
 
 def split_of(idmol: str, idconf: str, seed: int) -> str:

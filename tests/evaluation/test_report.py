@@ -117,7 +117,7 @@ def s2ef():
         task="s2ef",
         targets=list(TARGETS.values()),
         dataset="OC20 S2EF-2M",
-        oc20=True,
+        official=True,
         run=run_info(step=None, epoch=None),
         splits={split: energies(0.1 * (i + 1), 8.0 - i) | forces(0.04 + 0.01 * i) for i, split in enumerate(SPLITS)},
         baselines={},
@@ -166,7 +166,12 @@ def test_written_results_are_strict_json_and_say_what_they_are(tmp_path):
     assert raw == results
     assert raw["throughput"] == {"forward_samples_per_s": 12.5, "end_to_end_samples_per_s": None}
     assert raw["training"] == {"seconds_per_epoch": 3.0, "epochs": 12, "ended": None}
-    assert (raw["format"], raw["task"], raw["dataset"], raw["oc20"]) == (1, "is2re", "demo data (EMT labels)", False)
+    assert (raw["format"], raw["task"], raw["dataset"], raw["official"]) == (
+        1,
+        "is2re",
+        "demo data (EMT labels)",
+        False,
+    )
     assert raw["units"] == {"energy_mae": "eV", "energy_mse": "eV^2", "energy_within_threshold": "%"}
     assert raw["run"]["checkpoint"] == str(tmp_path / "best")
     assert raw["run"]["versions"]["torch"] == version("torch")
@@ -219,11 +224,11 @@ def test_a_declared_scalar_has_columns_of_the_splits_that_were_evaluated():
 
 
 def test_the_papers_row_is_marked():
-    assert "FAENet, the paper's (OC20, RTX8000)" in render_table(is2re(oc20=True))
+    assert "FAENet, the paper's (OC20, RTX8000)" in render_table(is2re(official=True))
     assert "paper" not in render_table(is2re())  # elsewhere its row says nothing
 
 
-@pytest.mark.parametrize("results", [is2re(oc20=True), s2ef()], ids=["is2re", "s2ef"])
+@pytest.mark.parametrize("results", [is2re(official=True), s2ef()], ids=["is2re", "s2ef"])
 def test_the_papers_averages_are_those_of_its_splits(results):
     """Guards the typed-in numbers: an average is the mean of its four splits, as far as rounded."""
     row = [float(cell.strip("%")) for cell in cells(render_table(results), "FAENet")[-1][2:]]

@@ -71,7 +71,7 @@ def test_a_run_leaves_what_is_promised(trained: Path) -> None:
     results = _results(trained)
     assert list(results["splits"]) == ["val_id", "val_ood_ads", "val_ood_cat", "val_ood_both"]
     assert all(metrics["num_systems"] == 4 for metrics in results["splits"].values())
-    assert results["oc20"] is False
+    assert results["official"] is False
     assert results["training"]["epochs"] == 3
     table = (trained / "results" / "table.md").read_text()
     for row in ("mean predictor", "linear in composition"):
