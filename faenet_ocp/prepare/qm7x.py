@@ -60,7 +60,15 @@ class _Task(NamedTuple):
 
     @property
     def sizes(self) -> Path:
+        """What is written last: natoms of the records of each split, and what they were made from."""
         return self.out_path / STATE_FOLDER / f"{self.number:04d}.npz"
+
+    def shard(self, split: str) -> Path:
+        return self.out_path / split / f"data.{self.number:04d}.lmdb"
+
+    def made_from(self) -> dict[str, Any]:
+        stat = self.source.stat()
+        return {"name": self.source.name, "state": [stat.st_size, stat.st_mtime_ns], "molecules": self.molecules}
 
 
 def prepare(
@@ -90,17 +98,11 @@ def prepare(
         raise ValueError(f"num_workers {num_workers} must be at least 1 and seed {seed} at least 0")
     sources = _find_files(data_path)
     left_out = frozenset() if duplicates is None else _read_duplicates(duplicates)
-    stats = {path.name: path.stat() for path in sources}
-    settings = {
-        "sources": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()},
-        "seed": seed,
-        "left_out": hashlib.sha256(" ".join(sorted(left_out)).encode()).hexdigest(),
-    }
+    tasks = _make_tasks(sources, out_path, seed, left_out)
     (out_path / STATE_FOLDER).mkdir(parents=True, exist_ok=True)
     with exclusive(out_path / STATE_FOLDER / "lock", out_path):
-        _keep_settings(out_path, settings)
-        tasks = _make_tasks(sources, out_path, seed, left_out)
-        _write_all([task for task in tasks if not task.sizes.exists()], num_workers)
+        _keep_settings(out_path, {"seed": seed, "left_out": sorted(left_out)})
+        _write_all([task for task in tasks if not _is_done(task)], num_workers)
         return _write_all_metadata(out_path, tasks)
 
 
@@ -132,10 +134,8 @@ def _keep_settings(out_path: Path, settings: dict[str, Any]) -> None:
         if any((out_path / split).exists() for split in SPLITS):
             raise ValueError(f"{out_path}: has folders of the same names from something else; choose another one")
         write_json(file, settings)
-    known = json.loads(file.read_text())
-    other = [name for name, value in settings.items() if known.get(name) != value]
-    if other:
-        raise ValueError(f"{out_path}: was begun with other {', '.join(other)}; choose another folder or remove it")
+    if json.loads(file.read_text()) != settings:
+        raise ValueError(f"{out_path}: was begun with another seed or list of duplicates; choose another folder")
     for split in SPLITS:
         remove_leftovers(out_path / split)
 
@@ -169,6 +169,14 @@ def _open(path: Path) -> Any:
 # Shards
 
 
+def _is_done(task: _Task) -> bool:
+    if not task.sizes.exists():
+        return False
+    with np.load(task.sizes, allow_pickle=False) as archive:
+        is_same = json.loads(str(archive["made_from"])) == task.made_from()
+        return is_same and all(task.shard(split).exists() for split in SPLITS if len(archive[split]))
+
+
 def _write_all(tasks: list[_Task], num_workers: int) -> None:
     faults, structures = [], 0
     total = sum(len(task.molecules) for task in tasks)
@@ -190,18 +198,20 @@ def _write_shards(task: _Task) -> int | ValueError:
     """Write the shards of one task: how many structures, or what is wrong with one."""
     natoms: dict[str, list[int]] = {split: [] for split in SPLITS}
     writers: dict[str, PackedShardWriter] = {}
-    made_from = {"name": task.source.name, "molecules": task.molecules}
+    made_from = task.made_from()
+    for split in SPLITS:
+        task.shard(split).unlink(missing_ok=True)  # of a source that has changed since
     try:
         with ExitStack() as stack:
             for split, record in _read_structures(task):
                 if split not in writers:
-                    shard = task.out_path / split / f"data.{task.number:04d}.lmdb"
-                    writers[split] = stack.enter_context(PackedShardWriter(shard, source=made_from, overwrite=True))
+                    writers[split] = stack.enter_context(PackedShardWriter(task.shard(split), source=made_from))
                 writers[split].append(encode_packed(record))
                 natoms[split].append(len(record["pos"]))
     except ValueError as error:
         return error
-    write_arrays(task.sizes, {split: np.array(sizes, np.int64) for split, sizes in natoms.items()})
+    sizes = {split: np.array(counts, np.int64) for split, counts in natoms.items()}
+    write_arrays(task.sizes, sizes | {"made_from": np.array(json.dumps(made_from))})
     return sum(map(len, natoms.values()))
 
 
@@ -261,15 +271,13 @@ def _read(group: Any, where: str) -> dict[str, Any]:
 
 
 def _write_all_metadata(out_path: Path, tasks: list[_Task]) -> dict[str, int]:
-    counts = {}
     natoms: dict[str, list[Any]] = {split: [] for split in SPLITS}
     for task in tasks:
         with np.load(task.sizes, allow_pickle=False) as archive:
             for split in SPLITS:
                 natoms[split].append(archive[split])
-    for split, parts in natoms.items():
-        sizes = np.concatenate(parts)
-        counts[split] = len(sizes)
-        if len(sizes):
-            write_metadata(out_path / split, natoms=sizes)
-    return counts
+    sizes = {split: np.concatenate(parts) for split, parts in natoms.items()}
+    for split, counts in sizes.items():
+        if len(counts):
+            write_metadata(out_path / split, natoms=counts)
+    return {split: len(counts) for split, counts in sizes.items()}
