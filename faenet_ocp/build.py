@@ -61,7 +61,7 @@ def _open(
     shares = {name: split.from_train for name, split in config.dataset.val.items() if split.from_train is not None}
     if shares and (source.src is None or source is config.dataset.train):
         part = next((place for place, name in enumerate(shares) if config.dataset.val[name] is source), len(shares))
-        folder = cache_dir or Path(config.job.run_dir) / ".cache"
+        folder = Path(config.job.run_dir) / ".cache"  # of all: the first that opens it reads which belong together
         whole = _open_files(config, config.dataset.train, transforms, labelled, folder, edges)
         return whole.select(_held_out(config, whole, shares)[part])
     return _open_files(config, source, transforms, labelled, cache_dir, edges)
@@ -69,7 +69,7 @@ def _open(
 
 def _held_out(config: Config, dataset: Any, shares: Mapping[str, float]) -> list[NDArray[np.int64]]:
     """The samples of each split that is a share of the training set, and those that are left."""
-    if not hasattr(dataset, "groups"):
+    if not (hasattr(dataset, "groups") and hasattr(dataset, "select")):
         raise ValueError(f"dataset.val: from_train: {config.dataset.format} does not say which samples belong together")
     try:
         return hold_out(dataset.groups(), list(shares.values()), config.job.seed)
