@@ -131,16 +131,20 @@ def _chosen(dataset: Any, config: Config, index: str) -> Any:
     return dataset.select(numbers.astype(np.int64))
 
 
-def _tags(config: Config, cls: type) -> dict[str, str]:
+def _tags(config: Config, cls: type) -> dict[str, str | None]:
     """How a data set that can choose takes tags: as configured, else the file's if the model needs any."""
-    choice, needed = config.dataset.tags, needs_tags(config)
+    choice, needed, adsorbate = config.dataset.tags, needs_tags(config), config.dataset.adsorbate
     if "tags" not in getattr(cls, "_keys", ()):
+        if adsorbate is not None:
+            raise ValueError(f"dataset.adsorbate: is for format ase; {config.dataset.format} has OC20's tags")
         if choice not in (None, "file"):
             raise ValueError(f"dataset.tags: {choice!r} is for format ase; {config.dataset.format} has OC20's tags")
         return {}
     if choice == "none" and needed:
         raise ValueError(f"dataset.tags: none, but {needed}; that needs tags: file or fixed")
-    return {"tags": choice or ("file" if needed else "none")}
+    if adsorbate is not None and not needed and choice is None:
+        raise ValueError("dataset.adsorbate: has no effect, as the model needs no tags")
+    return {"tags": choice or ("file" if needed else "none"), "adsorbate": adsorbate}
 
 
 def needs_tags(config: Config) -> str:

@@ -93,7 +93,8 @@ class Predictor:
             the others; "none" leaves them out. None: what the checkpoint was trained with (`dataset.tags`, or file) if
             the model embeds tags or its sub-surface atoms are removed, else none.
         adsorbate: which atoms get tag 2 whatever the rest is: indices, a function of the structure, or "metal", see
-            `data.tags.adsorbate_of`; None: `tags` alone decides.
+            `data.tags.adsorbate_of`; None: `tags` alone decides, or where that is not given either, what the checkpoint
+            was trained with (`dataset.adsorbate`).
         keep_net_force: leave predicted forces as they are. Otherwise the mean force is taken out of systems that the
             model sees without any fixed atom, see `without_net_force`.
 
@@ -140,10 +141,17 @@ class Predictor:
         transforms = {name: given for name, given in config.dataset.transforms.items() if given is not False}
         self.transforms, self._removes_subsurface = Compose(transforms), "remove_subsurface" in transforms
         self.tags, self.adsorbate = self._choice_of_tags(tags, adsorbate), adsorbate
+        if tags is None and adsorbate is None and self.tags != "none":
+            self.adsorbate = config.dataset.adsorbate
         self.generator = torch.Generator().manual_seed(seed)
         self.keep_net_force = keep_net_force
         self._unseen_elements = unseen_elements(self.tasks, fits_from_dict(state.get("statistics")))
         self._warned: set[str] = set()
+
+    @property
+    def _trained_on_adsorbates(self) -> bool:
+        dataset = self.config.dataset
+        return dataset.tags != "fixed" or dataset.adsorbate is not None
 
     def _choice_of_tags(self, tags: str | None, adsorbate: Adsorbate) -> str:
         needs_tags = self._reads_tags or self._removes_subsurface
@@ -246,7 +254,7 @@ class Predictor:
                 "all tags are 0, and this checkpoint works without atoms of tag 0 (its transform remove_subsurface): "
                 f"nothing would be left; {_HOW_TO_TAG}"
             )
-        objection = _doubt_about_tags(atoms, tags, has_adsorbates=self.config.dataset.tags != "fixed")
+        objection = _doubt_about_tags(atoms, tags, has_adsorbates=self._trained_on_adsorbates)
         if objection is not None:
             self._warn_once(f"{objection}; {_HOW_TO_TAG}", of=_name(atoms))
 
