@@ -311,7 +311,7 @@ class AseDataset(OC20LmdbDataset):
     def _open_files(self) -> list[LmdbFile]:
         folder, tags = self.config.get("cache_dir"), choice("dataset.tags", self.config.get("tags", "file"), CHOICES)
         cache_dir = None if folder is None else Path(folder)
-        options = {"tags": tags, "adsorbate": self.config.get("adsorbate"), "cache_dir": cache_dir}
+        options: dict[str, Any] = {"tags": tags, "adsorbate": self.config.get("adsorbate"), "cache_dir": cache_dir}
         return [AseFile(path, **options) for path in find_files(self.config["src"])]
 
     def _decode(self, value: Any) -> Fields:
