@@ -61,7 +61,7 @@ def _open(
     shares = {name: split.from_train for name, split in config.dataset.val.items() if split.from_train is not None}
     if shares and (source.src is None or source is config.dataset.train):
         part = next((place for place, name in enumerate(shares) if config.dataset.val[name] is source), len(shares))
-        folder = cache_dir or Path(config.job.run_dir) / ".cache"
+        folder = Path(config.job.run_dir) / ".cache"  # of all: the first that opens it reads which belong together
         whole = _open_files(config, config.dataset.train, transforms, labelled, folder, edges)
         return whole.select(_held_out(config, whole, shares)[part])
     return _open_files(config, source, transforms, labelled, cache_dir, edges)
@@ -69,7 +69,7 @@ def _open(
 
 def _held_out(config: Config, dataset: Any, shares: Mapping[str, float]) -> list[NDArray[np.int64]]:
     """The samples of each split that is a share of the training set, and those that are left."""
-    if not hasattr(dataset, "groups"):
+    if not (hasattr(dataset, "groups") and hasattr(dataset, "select")):
         raise ValueError(f"dataset.val: from_train: {config.dataset.format} does not say which samples belong together")
     try:
         return hold_out(dataset.groups(), list(shares.values()), config.job.seed)
@@ -131,16 +131,20 @@ def _chosen(dataset: Any, config: Config, index: str) -> Any:
     return dataset.select(numbers.astype(np.int64))
 
 
-def _tags(config: Config, cls: type) -> dict[str, str]:
+def _tags(config: Config, cls: type) -> dict[str, str | None]:
     """How a data set that can choose takes tags: as configured, else the file's if the model needs any."""
-    choice, needed = config.dataset.tags, needs_tags(config)
+    choice, needed, adsorbate = config.dataset.tags, needs_tags(config), config.dataset.adsorbate
     if "tags" not in getattr(cls, "_keys", ()):
+        if adsorbate is not None:
+            raise ValueError(f"dataset.adsorbate: is for format ase; {config.dataset.format} has OC20's tags")
         if choice not in (None, "file"):
             raise ValueError(f"dataset.tags: {choice!r} is for format ase; {config.dataset.format} has OC20's tags")
         return {}
     if choice == "none" and needed:
         raise ValueError(f"dataset.tags: none, but {needed}; that needs tags: file or fixed")
-    return {"tags": choice or ("file" if needed else "none")}
+    if adsorbate is not None and not needed and choice is None:
+        raise ValueError("dataset.adsorbate: has no effect, as the model needs no tags")
+    return {"tags": choice or ("file" if needed else "none"), "adsorbate": adsorbate}
 
 
 def needs_tags(config: Config) -> str:

@@ -24,7 +24,7 @@ MAY_CHANGE = {
 }
 MAY_NOT_CHANGE = {
     "": "trainer task model.* frames.* outputs.* loss_functions",
-    "dataset": "name key_mapping.* edges tags target transforms.* train.from_train val.*.from_train",
+    "dataset": "name key_mapping.* edges tags adsorbate target transforms.* train.from_train val.*.from_train",
     # State of the optimiser and averages of the weights belong to these, and epochs and steps to the batch size.
     "optim": "optimizer optimizer_params.* batch_size ema_decay",
     # The best checkpoint is the best in these.

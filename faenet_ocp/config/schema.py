@@ -74,6 +74,7 @@ class DatasetConfig(Section):
     key_mapping: dict[str, str] = Field(default={})
     edges: Literal["stored", "recompute"] = "stored"
     tags: Literal["file", "fixed", "none"] | None = None
+    adsorbate: Literal["metal"] | None = None
     target: str | None = None
     transforms: dict[str, dict[str, Any] | Literal[False] | None] = Field(default={})
     train: SourceConfig | None = None

@@ -37,7 +37,7 @@ from faenet_ocp.data.atoms import record_of, tags_of
 from faenet_ocp.data.fields import Fields
 from faenet_ocp.data.lmdb_files import LmdbFile, natural_order
 from faenet_ocp.data.oc20 import OC20LmdbDataset
-from faenet_ocp.data.tags import CHOICES
+from faenet_ocp.data.tags import CHOICES, non_metals
 
 _COMPRESSED: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _DATABASES = ("db", "json", "aselmdb")
@@ -98,6 +98,7 @@ class AseFile(LmdbFile):
     Args:
         path: of the file.
         tags: "file", "fixed" or "none", see ``tags.assign_tags``.
+        adsorbate: "metal": ``tags.non_metals`` get tag 2; None: `tags` alone decides.
         cache_dir: folder in which the index of a large file is kept; None: it is not.
 
     Raises:
@@ -106,8 +107,8 @@ class AseFile(LmdbFile):
 
     item = "structure"
 
-    def __init__(self, path: Path, *, tags: str = "file", cache_dir: Path | None = None):
-        self.path, self.tags = path, tags
+    def __init__(self, path: Path, *, tags: str = "file", adsorbate: str | None = None, cache_dir: Path | None = None):
+        self.path, self.tags, self.adsorbate = path, tags, adsorbate
         self._pid: int | None = None
         self._source: Any = None
         self._kind = _kind(path)
@@ -144,7 +145,8 @@ class AseFile(LmdbFile):
                 record = _read_all(self.path, self.state())[position]
             else:
                 record = record_of(self._atoms(position))
-            return {**record, **tags_of(record, self.tags)}
+            marked = None if self.adsorbate is None else non_metals(record["atomic_numbers"], record["fixed"])
+            return {**record, **tags_of(record, self.tags, adsorbate=marked)}
 
     def _atoms(self, position: int) -> Atoms:
         if self._kind == "single":
@@ -300,15 +302,17 @@ class AseDataset(OC20LmdbDataset):
         config: as there, and
             src: file, folder of files, glob, or a list of these.
             tags: "file" (default), "fixed" or "none", see ``tags.assign_tags``.
+            adsorbate: "metal": atoms of non-metals that are not fixed get tag 2.
     """
 
     _file = AseFile
-    _keys = (*OC20LmdbDataset._keys, "tags")
+    _keys = (*OC20LmdbDataset._keys, "tags", "adsorbate")
 
     def _open_files(self) -> list[LmdbFile]:
         folder, tags = self.config.get("cache_dir"), choice("dataset.tags", self.config.get("tags", "file"), CHOICES)
         cache_dir = None if folder is None else Path(folder)
-        return [AseFile(path, tags=tags, cache_dir=cache_dir) for path in find_files(self.config["src"])]
+        options: dict[str, Any] = {"tags": tags, "adsorbate": self.config.get("adsorbate"), "cache_dir": cache_dir}
+        return [AseFile(path, **options) for path in find_files(self.config["src"])]
 
     def _decode(self, value: Any) -> Fields:
         return value

@@ -232,40 +232,43 @@ class OC20LmdbDataset(BaseDataset[AtomicData]):
             RecordError: a record cannot be read.
         """
         if "natoms" not in self._metadata:
-            found = self._of_all("natoms", lambda fields, _: str(len(array_of(fields, "pos", (None, 3)))))
-            self._metadata["natoms"] = found.astype(np.int64)
+            self._metadata["natoms"] = self._of_all("natoms", lambda f, _: len(array_of(f, "pos", (None, 3))))
         natoms = self._metadata["natoms"]
         return natoms if self._chosen is None else natoms[self._chosen]
 
     def groups(self) -> NDArray[np.int64]:
         """Return which samples belong together, (len(self),): a number for each sid.
 
-        All records are read once, with a progress bar, and the result is kept in `cache_dir`.
-
-        Raises:
-            RecordError: a record cannot be read.
+        All records are read once, with a progress bar, and the result is kept in `cache_dir`. A record that cannot be
+        read is alone: an error where it is used, a line of `--mode check`.
         """
-        groups = np.unique(self._of_all("sid", _identifier), return_inverse=True)[1].astype(np.int64)
+        seen: dict[str, int] = {}
+        found = self._of_all("groups", lambda f, i: seen.setdefault(_identifier(f, str(i)), len(seen)), unreadable=-1)
+        groups = np.where(found < 0, len(found) + np.arange(len(found)), found)
         return groups if self._chosen is None else groups[self._chosen]
 
-    def _of_all(self, name: str, value_of: Callable[[Fields, str], str]) -> NDArray[np.str_]:
-        """A text of each record, from `cache_dir` if it is there for these very files, else of all that are read."""
+    def _of_all(
+        self, name: str, number_of: Callable[[Fields, int], int], unreadable: int | None = None
+    ) -> NDArray[np.int64]:
+        """A number of each record, from `cache_dir` if it is there for these very files, else of all that are read."""
         folder, states = self.config.get("cache_dir"), "\n".join(file.state() for file in self.files)
         key = hashlib.sha256(states.encode()).hexdigest()[:16]
         cache = None if folder is None else Path(folder) / f"{name}-{key}.npy"
         if cache is not None and cache.is_file():
             return np.load(cache, allow_pickle=False)
-        found: list[str] = []
+        values, index = np.empty(self._ends[-1], dtype=np.int64), 0
         bar = tqdm(total=self._ends[-1], desc=f"{name} of all systems", unit="system", delay=2.0)
         for file in self.files:
             for position in range(len(file)):
                 try:
-                    found.append(value_of(self._decode(file.read(position)), str(len(found))))
+                    values[index] = number_of(self._decode(file.read(position)), index)
                 except RecordError as error:
-                    raise RecordError(f"{file.path}: {file.item} {file.numbers[position]} {error}") from error
+                    if unreadable is None:
+                        raise RecordError(f"{file.path}: {file.item} {file.numbers[position]} {error}") from error
+                    values[index] = unreadable
+                index += 1
                 bar.update()
         bar.close()
-        values = np.array(found)
         if cache is not None:
             write_array(cache, values)
         return values

@@ -55,6 +55,11 @@ _CHOICES_IN_WORDS = (
 )
 
 
+def non_metals(numbers: NDArray[Any], fixed: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Indices of the atoms that a slab of the metal alone would not have: not fixed, and of a non-metal."""
+    return np.flatnonzero(~fixed & np.isin(numbers, _NON_METALS))
+
+
 def adsorbate_of(atoms: Any, which: Adsorbate, fixed: NDArray[np.bool_]) -> NDArray[np.int64] | None:
     """Indices of the adsorbate's atoms.
 
@@ -72,7 +77,7 @@ def adsorbate_of(atoms: Any, which: Adsorbate, fixed: NDArray[np.bool_]) -> NDAr
         return None
     if isinstance(which, str):
         choice("adsorbate", which, (METAL,))
-        return np.flatnonzero(~fixed & np.isin(atoms.numbers, _NON_METALS))
+        return non_metals(atoms.numbers, fixed)
     found = np.asarray(which(atoms) if callable(which) else which)
     found = np.flatnonzero(found) if found.dtype == bool and found.shape == (len(atoms),) else found
     if found.ndim != 1 or (

@@ -10,6 +10,7 @@ import torch
 from ase import Atoms
 from ase.calculators.calculator import Calculator, PropertyNotImplementedError, all_changes
 
+from faenet_ocp.data.atoms import fixed_atoms
 from faenet_ocp.data.tags import Adsorbate
 from faenet_ocp.inference.predictor import Predictor
 
@@ -121,8 +122,10 @@ class FAENetCalculator(Calculator):
         return super().get_property(name, atoms, allow_calculation)
 
     def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
-        """What has changed since the last calculation; ASE itself does not look at tags."""
+        """What has changed since the last calculation; ASE itself looks at neither tags nor constraints."""
         changes = super().check_state(atoms, tol=tol)
         if self.atoms is not None and not np.array_equal(self.atoms.get_tags(), atoms.get_tags()):
             changes.append("tags")
+        if self.atoms is not None and not np.array_equal(fixed_atoms(self.atoms), fixed_atoms(atoms)):
+            changes.append("constraints")  # they decide on tags ("fixed") and on the net force
         return changes

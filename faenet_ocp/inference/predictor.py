@@ -33,7 +33,7 @@ from faenet_ocp.config.schema import Config, build_config
 from faenet_ocp.data.atoms import atoms_to_data, fixed_atoms
 from faenet_ocp.data.fields import NUM_ELEMENTS
 from faenet_ocp.data.oc20 import DTYPES
-from faenet_ocp.data.tags import CHOICES, Adsorbate
+from faenet_ocp.data.tags import CHOICES, METAL, Adsorbate
 from faenet_ocp.data.transforms import Compose
 from faenet_ocp.evaluation.evaluator import load_model
 from faenet_ocp.evaluation.validation import predict
@@ -90,10 +90,11 @@ class Predictor:
         precision: float32 or float64; None takes the checkpoint's.
         seed: of stochastic frames and of random transforms; they have a generator of their own.
         tags: "file" takes the structures' own tags, which have to be OC20's; "fixed" makes 0 of fixed atoms and 1 of
-            the others; "none" leaves them out. None: file if the model embeds tags or its sub-surface atoms are
-            removed, else none.
+            the others; "none" leaves them out. None: what the checkpoint was trained with (`dataset.tags`, or file) if
+            the model embeds tags or its sub-surface atoms are removed, else none.
         adsorbate: which atoms get tag 2 whatever the rest is: indices, a function of the structure, or "metal", see
-            `data.tags.adsorbate_of`; None: `tags` alone decides.
+            `data.tags.adsorbate_of`; None: `tags` alone decides, or where that is not given either, what the checkpoint
+            was trained with (`dataset.adsorbate`).
         keep_net_force: leave predicted forces as they are. Otherwise the mean force is taken out of systems that the
             model sees without any fixed atom, see `without_net_force`.
 
@@ -140,19 +141,28 @@ class Predictor:
         transforms = {name: given for name, given in config.dataset.transforms.items() if given is not False}
         self.transforms, self._removes_subsurface = Compose(transforms), "remove_subsurface" in transforms
         self.tags, self.adsorbate = self._choice_of_tags(tags, adsorbate), adsorbate
+        if tags is None and adsorbate is None and self.tags != "none":
+            self.adsorbate = config.dataset.adsorbate
         self.generator = torch.Generator().manual_seed(seed)
         self.keep_net_force = keep_net_force
         self._unseen_elements = unseen_elements(self.tasks, fits_from_dict(state.get("statistics")))
         self._warned: set[str] = set()
 
+    @property
+    def _trained_on_adsorbates(self) -> bool:
+        dataset = self.config.dataset
+        return dataset.tags != "fixed" or dataset.adsorbate is not None
+
     def _choice_of_tags(self, tags: str | None, adsorbate: Adsorbate) -> str:
         needs_tags = self._reads_tags or self._removes_subsurface
+        if isinstance(adsorbate, str):
+            choice("adsorbate", adsorbate, (METAL,))
         if tags is None:
-            return "file" if needs_tags else "none"
+            tags = (self.config.dataset.tags or "file") if needs_tags else "none"
         if choice("tags", tags, CHOICES) == "none" and needs_tags:
             raise ValueError("tags: none, but the checkpoint's model embeds tags or works without atoms of tag 0")
         if tags == "none" and adsorbate is not None:
-            raise ValueError("adsorbate: has no meaning with tags: none")
+            raise ValueError(f"adsorbate: {adsorbate!r} has no meaning with tags: none, or a model that needs no tags")
         return tags
 
     def __call__(self, structures: Iterable[Atoms]) -> list[Prediction]:
@@ -244,7 +254,7 @@ class Predictor:
                 "all tags are 0, and this checkpoint works without atoms of tag 0 (its transform remove_subsurface): "
                 f"nothing would be left; {_HOW_TO_TAG}"
             )
-        objection = _doubt_about_tags(atoms, tags)
+        objection = _doubt_about_tags(atoms, tags, has_adsorbates=self._trained_on_adsorbates)
         if objection is not None:
             self._warn_once(f"{objection}; {_HOW_TO_TAG}", of=_name(atoms))
 
@@ -293,12 +303,16 @@ def _name(atoms: Atoms) -> str:
     return f"structure of {len(atoms)} atoms{sid}"
 
 
-def _doubt_about_tags(atoms: Atoms, tags: NDArray[np.int64]) -> str | None:
-    """What makes it unlikely that the tags are OC20's."""
+def _doubt_about_tags(atoms: Atoms, tags: NDArray[np.int64], *, has_adsorbates: bool) -> str | None:
+    """What makes it unlikely that the tags are OC20's; `has_adsorbates`: the training set had atoms of tag 2."""
     if not tags.any():
         return "all tags are 0, so the model takes every atom for one below the surface"
-    if not (tags == 2).any():
+    if has_adsorbates and not (tags == 2).any():
         return "no atom has tag 2, which is right for a clean slab only"
+    if tags.min() == 1:
+        return "no atom has tag 0, though slabs of OC20 have fixed atoms below the surface"
+    if not (tags == 2).any():
+        return None
     normal = np.cross(atoms.cell[0], atoms.cell[1])
     if not normal.any():
         normal = np.array([0.0, 0.0, 1.0])

@@ -164,7 +164,8 @@ def _check_settings(path: Path, settings: Mapping[str, Any], *, begun: bool) -> 
 def _frame(relaxed: Relaxed) -> str:
     """The text of one result in extended XYZ."""
     given = relaxed.atoms
-    atoms = Atoms(given.numbers, given.positions, cell=given.cell, pbc=given.pbc, tags=given.get_tags())
+    tags = given.get_tags() if given.has("tags") else None  # zeros would be read as OC20's
+    atoms = Atoms(given.numbers, given.positions, cell=given.cell, pbc=given.pbc, tags=tags)
     own = [one for one in given.constraints if isinstance(one, FixAtoms | FixCartesian)]  # what the format knows
     atoms.set_constraint([*own, FixAtoms(mask=fixed_atoms(given))])
     atoms.info = {

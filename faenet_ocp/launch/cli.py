@@ -242,6 +242,7 @@ def _merge(flags: argparse.Namespace, overrides: Sequence[str]) -> dict[str, Any
 
         raw = without_removed(load_checkpoint(flags.checkpoint)["config"])
         raw["job"].pop("identifier", None)
+        raw["evaluation_metrics"]["primary_metric"].pop("split", None)  # of training; splits may be others now
     else:
         raise ValueError("--config: missing; e.g. --config configs/is2re/faenet.yml (--help lists the flags)")
     if flags.checkpoint is not None:

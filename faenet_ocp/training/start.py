@@ -75,6 +75,29 @@ def _with_defaults(before: Mapping[str, Any]) -> dict[str, Any]:
         return known
 
 
+def check_held_out(config: Config, state: Mapping[str, Any]) -> None:
+    """Checks that what is held out from the training set was not trained on by a checkpoint's run, as far as it says.
+
+    Raises:
+        ValueError: that run held out others of its training set, or trained on the same files.
+    """
+    shares = {f"dataset.val.{split}": found for split, found in config.dataset.val.items() if found.from_train}
+    if not shares or config.dataset.train is None:
+        return
+    known, before = state.get("data", {}), state["config"]["dataset"].get("val", {}).values()
+    held_out = any((split or {}).get("from_train") for split in before)
+    files = build.fingerprint(config, config.dataset.train)["files"]
+    if not held_out and known.get("dataset.train", {}).get("files") != files:
+        return
+    for key, source in shares.items():
+        found = build.fingerprint(config, source)
+        if any(known.get(key, {}).get(what) != found[what] for what in ("num_systems", "content")):
+            raise ValueError(
+                f"{key}.from_train: these are not the systems that the checkpoint's run held out, and it may have been "
+                "trained on them; give its from_train and --seed, or other data as src"
+            )
+
+
 def check_statistics(fits: Mapping[str, CompositionFit], state: Mapping[str, Any]) -> None:
     """Labels of all systems are those that the run began with, whatever has happened to the files.
 

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from faenet_ocp.tasks.tasks import make_tasks
 from faenet_ocp.training.loggers import check_logger
 from faenet_ocp.training.optim import make_optimizer, total_steps, warn_of_long_warmup
 from faenet_ocp.training.samples import check_samples
-from faenet_ocp.training.start import check_resumption
+from faenet_ocp.training.start import check_held_out, check_resumption
 
 _STATISTICS = {"mean": 0.0, "stdev": 1.0, "residual_mean": 0.0, "residual_stdev": 1.0}
 _ANY_FIT = CompositionFit(coefficients=(0.0,) * NUM_ELEMENTS, num_systems=1, rank=1, **_STATISTICS)
@@ -62,11 +63,22 @@ class FAENetTrainer:
         datasets = self.datasets()
         if not datasets:
             raise ValueError("dataset: no splits are given")
+        if state is not None:
+            check_held_out(self.config, state)
         check_samples(self.config, self._sources(), mode=self.mode)
         if self.mode == "predict" and not self.config.dataset.test:
             logging.info("dataset.test is not given: predicting the validation splits (%s)", ", ".join(datasets))
         if self.mode == "train":
-            self._check_training(len(datasets["train"]))  # type: ignore[arg-type]
+            sizes = {split: len(dataset) for split, dataset in datasets.items()}  # type: ignore[arg-type]
+            self._announce_held_out(sizes)
+            self._check_training(sizes["train"])
+
+    def _announce_held_out(self, sizes: Mapping[str, int]) -> None:
+        """How many a share comes to: whole systems, and at least one."""
+        shares = [split for split, source in self.config.dataset.val.items() if source.from_train is not None]
+        total = sizes["train"] + sum(sizes[split] for split in shares)
+        for split in shares:
+            logging.info("dataset.val.%s: %d of %d samples of dataset.train, held out", split, sizes[split], total)
 
     def _check_training(self, num_systems: int) -> None:
         """What would otherwise end a run after its label statistics."""

@@ -29,7 +29,7 @@ def test_a_step_at_real_size(path: Path, small_is2re: Path, small_s2ef: Path) ->
         data |= {"root": str(small_is2re), "train": {"src": source, "index": None}, "target": None}
         data |= {"format": "oc20_lmdb", "val": {"val": {"src": source, "index": None}, "test": None}}
     if raw["dataset"]["format"] == "ase":
-        data["format"], data["tags"] = "oc20_lmdb", None
+        data |= {"format": "oc20_lmdb", "tags": None, "adsorbate": None}
     if "from_train" in raw["dataset"]["val"].get("val", {}):
         data["val"] = {"val": {"src": source}}
     config = build_config(merge(raw, {"dataset": data}))

@@ -83,6 +83,15 @@ def test_every_format_gives_what_ase_has(tmp_path: Path, name: str) -> None:
     assert [name for name in before if "lock" not in name] == [name]  # nothing is left in the data folder
 
 
+def test_the_adsorbate_of_a_metal_gets_its_tag(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.traj", structures(3)[::2])
+    dataset = AseDataset({"src": str(path), **SETTINGS, "adsorbate": "metal"})
+    for sample in (dataset[0], dataset[1]):
+        is_adsorbate = (sample.atomic_numbers < 20) & (sample.fixed == 0)
+        assert torch.equal(sample.tags == 2, is_adsorbate) and is_adsorbate.any()
+        assert torch.equal(sample.tags == 0, sample.fixed == 1)
+
+
 def test_folders_globs_and_lists_in_natural_order(tmp_path: Path) -> None:
     given = structures(5)[::2]
     for number, atoms in zip((2, 10, 1), given, strict=True):

@@ -1,9 +1,15 @@
 """Shares of a training set: systems stay together, nothing is lost or used twice, the seed alone decides."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+from data_sets import open_dataset
 from faenet_ocp.data.held_out import hold_out
+from faenet_ocp.data.packed import OC20PackedDataset
+from faenet_ocp.prepare.pack import pack
+from small_data import dump_record, make_fields, write_lmdb
 
 GROUPS = np.random.default_rng(1).permutation(np.repeat(np.arange(50), np.arange(50) % 4 + 1))
 
@@ -28,3 +34,17 @@ def test_something_has_to_be_left() -> None:
     for groups, shares in ((np.zeros(9, dtype=int), [0.1]), (np.arange(10), [0.5, 0.5])):
         with pytest.raises(ValueError, match=r"from_train: .* would be held out, and none left to train on"):
             hold_out(groups, shares, seed=0)
+
+
+def test_frames_of_a_sid_are_of_one_system(tmp_path: Path) -> None:
+    sids = [7, 3, 7, 12, 3, 3]
+    values = [dump_record(make_fields(index) | {"sid": sid}) for index, sid in enumerate(sids)]
+    dataset = open_dataset(write_lmdb(tmp_path / "data.lmdb", values), cache_dir=str(tmp_path / "cache"))
+    pack(tmp_path / "data.lmdb", tmp_path / "packed")
+    packed = open_dataset(tmp_path / "packed", OC20PackedDataset)
+    for groups in (dataset.groups(), packed.groups(), dataset.groups()):  # at last those of the cache
+        assert np.array_equal(groups[:, None] == groups, np.array(sids)[:, None] == sids)
+    values[2] = b"damaged"
+    groups = open_dataset(write_lmdb(tmp_path / "bad" / "data.lmdb", values)).groups()
+    assert (groups == groups[2]).sum() == 1 and groups[1] == groups[4]
+    assert len(dataset.select(np.array([5, 0])).groups()) == 2

@@ -89,8 +89,10 @@ def test_structures_come_back_with_predictions_of_the_calculator(trained: Path, 
         assert not found.get_forces(apply_constraint=False)[fixed].any()
 
 
-def test_a_share_of_the_training_set_is_held_out(folder: Path, tmp_path: Path) -> None:
-    """The same share on any number of ranks and after a resume; other shares and seeds are refused."""
+def test_a_share_of_the_training_set_is_held_out(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same share on any number of ranks and after a resume; what was trained on is never evaluated."""
     contents = []
     for ranks in (1, 2):
         name, data = f"energy{ranks}", f"--dataset.train.src={folder}/mine.extxyz"
@@ -104,6 +106,22 @@ def test_a_share_of_the_training_set_is_held_out(folder: Path, tmp_path: Path) -
     assert contents[0] == contents[1]
     for change in ("--dataset.val.val.from_train=0.5", "--seed=1"):
         assert main([*arguments, change]) == 2
+    best = folder / "runs" / "energy1" / "checkpoints" / "best.pt"
+    for change in ("--dataset.val.val.from_train=0.5", "--seed=1"):
+        for use in (["--mode", "validate", "--checkpoint", str(best), "--cpu"], [*arguments, f"--checkpoint={best}"]):
+            assert main([*use, change, "--identifier", "leak"]) == 2
+            assert "not the systems that the checkpoint's run held out" in capsys.readouterr().err
+    assert [path.parent for path in (folder / "runs").rglob("groups-*.npy")] == [folder / "runs" / ".cache"]
+
+
+def test_a_checkpoint_is_evaluated_on_other_splits(trained: Path, folder: Path) -> None:
+    """Also on a share of files that it was not trained on."""
+    best = str(trained / "checkpoints" / "best.pt")
+    arguments = ["--mode", "validate", "--checkpoint", best, "--cpu", f"--dataset.train.src={folder}/other.traj"]
+    splits = f"{{far: {{src: {folder}/mine.extxyz}}, half: {{from_train: 0.5}}}}"
+    assert main([*arguments, f"--dataset.val={splits}", "--identifier", "other"]) == 0
+    results = json.loads((folder / "runs" / "other" / "results" / "metrics.json").read_text())
+    assert {name: split["num_systems"] for name, split in results["splits"].items()} == {"far": 24, "half": 3}
 
 
 def test_splits_of_an_included_file_are_dropped_or_replaced(folder: Path, tmp_path: Path) -> None:
@@ -121,8 +139,9 @@ def test_splits_of_an_included_file_are_dropped_or_replaced(folder: Path, tmp_pa
     merged = merge(raw, parse_overrides(["--dataset.val.val_id.src=x"]))
     assert list(build_config(merged).dataset.val) == ["val_id"]
     replaced = merge(raw, parse_overrides(["--dataset.val={mine: {src: x}}", "--dataset.val.more.src=y"]))
-    replaced["evaluation_metrics"]["primary_metric"] = {}
-    assert list(build_config(replaced).dataset.val) == ["mine", "more"]
+    config = build_config(replaced)
+    assert list(config.dataset.val) == ["mine", "more"]
+    assert config.evaluation_metrics.primary_metric.split == "mine"
 
 
 @pytest.mark.parametrize(

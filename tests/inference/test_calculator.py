@@ -378,8 +378,31 @@ def test_tags_and_adsorbate_of_other_programs(s2ef: State, is2re: State, caplog:
         caplog.clear()
         (wrong,) = Predictor(state)([given])  # all are of tag 1
         assert abs(wrong.energy - expected) > 1e-4 and "no atom has tag 2" in caplog.text
+        given.set_constraint()  # and here none of tag 0
+        assert abs(calculator.get_potential_energy(given) - expected) > 1e-4 and "no atom has tag 0" in caplog.text
     with pytest.raises(ValueError, match="tags: none, but the checkpoint's model embeds tags"):
         Predictor(s2ef, tags="none")
+    with pytest.raises(ValueError, match="adsorbate: 'metals' is not one of metal"):
+        Predictor(s2ef, adsorbate="metals")
+
+
+def test_tags_are_those_of_the_training_set(s2ef: State, caplog: pytest.LogCaptureFixture) -> None:
+    """A checkpoint of `dataset.tags: fixed` has seen no tag 2, also where structures have it."""
+    s2ef["config"]["dataset"] |= {"format": "ase", "tags": "fixed"}
+    atoms, seen = slab(), slab()
+    seen.set_tags(np.minimum(seen.get_tags(), 1))
+    (found,) = Predictor(s2ef)([atoms])
+    assert not caplog.text
+    (expected,), (other,) = Predictor(s2ef, tags="file")([seen]), Predictor(s2ef, tags="file")([atoms])
+    assert found.energy == expected.energy and abs(other.energy - expected.energy) > 1e-4
+
+
+def test_an_adsorbate_is_refused_where_there_are_no_tags(s2ef: State) -> None:
+    s2ef["config"]["model"]["tag_hidden_channels"] = 0
+    s2ef |= {"model": build.make_model(build_config(s2ef["config"])).state_dict(), "ema": None}
+    for tags in (None, "none"):
+        with pytest.raises(ValueError, match="adsorbate: 'metal' has no meaning with tags: none"):
+            Predictor(s2ef, tags=tags, adsorbate="metal")
 
 
 def test_a_slab_without_tags(s2ef: State, is2re: State, caplog: pytest.LogCaptureFixture) -> None:

@@ -557,7 +557,7 @@ def test_the_command_leaves_out_what_it_cannot_use(
     for name, atoms in zip(("0.vasp", "1.vasp"), _frames(tmp_path / "out").values(), strict=True):
         given = ase.io.read(tmp_path / "in" / name)
         given.calc = FAENetCalculator(checkpoint, tags="fixed", adsorbate="metal")
-        assert atoms.info["sid"] == name
+        assert atoms.info["sid"] == name and not atoms.has("tags")  # as it was given
         assert atoms.get_potential_energy() == pytest.approx(given.get_potential_energy(), abs=1e-5)
         np.testing.assert_allclose(atoms.get_forces(), given.get_forces(), rtol=0, atol=1e-5)
     with pytest.raises(SystemExit, match=r"error: structure 2: .*atoms 3 and 5 on one point"):

@@ -25,6 +25,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_the_demo_learns_forces_in_every_direction(tmp_path: Path) -> None:
     """As `make demo` does it: correlation of at least 0.9 on val_id, for surface and adsorbate atoms apart."""
     make_demo_data(tmp_path / "data", DemoSettings(), num_workers=2)

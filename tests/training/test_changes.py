@@ -106,6 +106,7 @@ CHANGES: dict[str, Any] = {
     "slurm.account": "a",
     "slurm.qos": "q",
     "dataset.tags": "file",
+    "dataset.adsorbate": None,
     "dataset.target": "energy",
     "dataset.train.index": None,
     "dataset.val.x.index": None,
