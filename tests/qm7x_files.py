@@ -1,7 +1,7 @@
 """The files of QM7-X as tests write them, from a few molecules with labels of GFN2-xTB (not QM7-X).
 
-`data_files/qm7x.npz` was made by `prepare.demo.molecules.make_molecules` (24 molecules tried, 4 structures each), which needs
-tblite: python tests/qm7x_files.py
+`data_files/qm7x.npz` was made by `prepare.demo.molecules.make_molecules` (24 molecules tried, 4 structures each), which
+needs tblite: python tests/qm7x_files.py
 """
 
 import tempfile
@@ -26,12 +26,14 @@ def read_store() -> dict[tuple[str, str], list[np.ndarray]]:
 
 
 def write_files(folder: Path) -> Path:
-    """`1000.hdf5` to `8000.hdf5` in a new folder."""
+    """`1000.hdf5` to `8000.hdf5` in a new folder, each with some of the molecules."""
     folder.mkdir()
     for name in FILES:
         h5py.File(folder / name, "w").close()
-    for (idmol, idconf), arrays in read_store().items():
-        with h5py.File(folder / f"{-(-int(idmol) // 1000) * 1000}.hdf5", "a") as file:
+    store = read_store()
+    molecules = list(dict.fromkeys(idmol for idmol, _ in store))
+    for (idmol, idconf), arrays in store.items():
+        with h5py.File(folder / FILES[molecules.index(idmol) % len(FILES)], "a") as file:
             for name, array in zip(NAMES, arrays, strict=True):
                 file[f"{idmol}/{idconf}/{name}"] = array
     return folder

@@ -1,8 +1,9 @@
 """Markdown tables of a results document (`results.build_results`). Computes no metric.
 
 The columns are those of the FAENet paper (Duval et al., ICML 2023), Table 9 for IS2RE, Table 1 and its extended form
-(C.4) for S2EF, Table 2 for QM7-X, elsewhere the first metric of each target; after them the other metrics that `targets.py` has titles
-for. Splits have the names that the configuration gives them; the paper's row stands below results on the same data only.
+(C.4) for S2EF, Table 2 for QM7-X, elsewhere the first metric of each target; after them the other metrics that
+`targets.py` has titles for. Splits have the names that the configuration gives them; the paper's row stands below
+results on the same data only.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -93,7 +93,7 @@ def is2re(run=None, **changes):
         "task": "is2re",
         "targets": [TARGETS["energy"]],
         "dataset": "demo data (EMT labels)",
-        "oc20": False,
+        "official": False,
         "run": run or run_info(),
         "splits": {split: energies(0.1 * (i + 1), 8.0 - i) for i, split in enumerate(SPLITS)},
         "baselines": {
