@@ -1,8 +1,10 @@
 """The results of a run as one document: the facts that tables are made of, and that `metrics.json` holds."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from faenet_ocp.common.files import plain, software_versions
@@ -129,6 +131,23 @@ def build_results(
         "training": {"seconds_per_epoch": seconds_per_epoch, "epochs": epochs, "ended": ended},
     }
     return plain(results, "results")
+
+
+def read_results(path: str | Path) -> dict[str, Any]:
+    """A document that was written before.
+
+    Raises:
+        ValueError: the file is no such document.
+        OSError: it cannot be read.
+    """
+    text = Path(path).read_text()
+    try:
+        document = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{path}: is no JSON ({error})") from error
+    if not isinstance(document, dict) or document.get("format") != FORMAT or "splits" not in document:
+        raise ValueError(f"{path}: no results of this version; expected the metrics.json of a run")
+    return document
 
 
 def unseen_in_words(split: str, counts: Mapping[str, int]) -> str:

@@ -127,7 +127,7 @@ def test_a_target_is_trained_on_its_splits(tmp_path: Path, no_facts: None, capsy
     small = "hidden_channels=32 num_filters=16 num_interactions=1 pg_hidden_channels=4 num_gaussians=8".split()
     arguments = ["--config", "configs/qm9/faenet_cpu.yml", f"--dataset.root={tmp_path / 'data'}", "--logger=none"]
     arguments += [*(f"--model.{option}" for option in small), "--optim.max_epochs=1", "--optim.batch_size=4"]
-    arguments += ["--run-dir", str(tmp_path), "--optim.num_workers=0"]
+    arguments += ["--run-dir", str(tmp_path), "--optim.num_workers=0", "--num-gpus=1"]
     assert main([*arguments, "--identifier", "gap", "--dataset.target=gap"]) == 0
     results = json.loads((tmp_path / "gap" / "results" / "metrics.json").read_text())
     assert {split: values["num_systems"] for split, values in results["splits"].items()} == {"val": 3, "test": 2}
