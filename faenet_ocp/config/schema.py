@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 
-from faenet_ocp.common.checks import nearest
+from faenet_ocp.common.checks import choice, nearest
 from faenet_ocp.common.files import expand_path
 from faenet_ocp.config.messages import explain
 from faenet_ocp.config.ocp1 import in_our_words, is_ocp1
@@ -225,7 +225,7 @@ class Config(Section):
     """
 
     trainer: str
-    task: Literal["is2re", "s2ef", "qm7x", "qm9", "properties"]
+    task: str
     dataset: DatasetConfig
     model: dict[str, Any]
     frames: FramesConfig = FramesConfig(method="none")
@@ -241,6 +241,11 @@ class Config(Section):
     @classmethod
     def _logger_by_name(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else value
+
+    @field_validator("task")
+    @classmethod
+    def _known_task(cls, value: str) -> str:
+        return choice("task", value, list(TASKS))
 
     @model_validator(mode="before")
     @classmethod

@@ -11,39 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from faenet_ocp.evaluation.by_atoms import not_learnt
-from faenet_ocp.evaluation.results import BASELINES, DATASETS, OFFICIAL_SIZES, SPLITS, unseen_in_words
+from faenet_ocp.evaluation.paper import PAPER, TABLE1_ENERGY
+from faenet_ocp.evaluation.results import BASELINES, SPLITS, unseen_in_words
 from faenet_ocp.targets import TARGETS, Metric, Target, metrics_of, targets_of
 
-# Rows of the paper as printed there (forces: meV/A in the paper, eV/A here).
-_PAPER: dict[str, dict[str, Any]] = {
-    "is2re": {
-        "source": "Table 9",
-        "training_set": "OC20 IS2RE (460,328 training systems)",
-        "seconds_per_epoch": 12 * 60,
-        "forward_samples_per_s": 2469,
-        "metrics": {
-            "energy_mae": (0.5446, 0.6115, 0.5707, 0.5449, 0.5679),
-            "energy_within_threshold": (4.46, 2.95, 4.67, 3.01, 3.78),
-        },
-    },
-    "s2ef": {
-        "source": "Table 1 and the extended table of C.4",
-        "training_set": "OC20 S2EF-2M",
-        "seconds_per_epoch": 75 * 60,
-        "forward_samples_per_s": 623,
-        "metrics": {
-            # The average is 0.4643 in the extended table and 0.4642 in Table 1.
-            "energy_mae": (0.3960, 0.4548, 0.4295, 0.5766, 0.4643),
-            "forces_mae": (0.0511, 0.0589, 0.0507, 0.0694, 0.0575),
-        },
-    },
-    "qm7x": {
-        "source": "Table 2",
-        "training_set": "QM7-X (4,068,193 training structures)",
-        "metrics": {"energy_mae": (0.01142, 0.01517), "forces_mae": (0.01754, 0.02123)},
-    },
-}
-_PAPER_TABLE1_ENERGY = 0.4642
 _EWT, _EFWT = TARGETS["energy"].threshold, TARGETS["forces"].threshold
 _LEGEND = {
     "energy_within_threshold": f"EwT: systems with an energy error below {_EWT} eV.",
@@ -86,7 +57,7 @@ def render_table(results: Mapping[str, Any]) -> str:
     rows = [row for row in rows if row.has(main)]
     tables = [_table([*rows, *papers], _time_columns() + _split_columns(main, _ordered(results), average=has_average))]
     if results["task"] == "s2ef" and has_average:
-        papers = [_paper_row(results, energy_average=_PAPER_TABLE1_ENERGY)] if results["official"] else []
+        papers = [_paper_row(results, energy_average=TABLE1_ENERGY)] if results["official"] else []
         averages = [(metric.header, _cell("average", metric)) for metric in main]
         table1 = _table([*rows, *papers], _time_columns() + averages)
         tables = [
@@ -123,7 +94,7 @@ def _by_atoms(target: Target, splits: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _main_metrics(results: Mapping[str, Any], metrics: Mapping[str, Metric]) -> list[Metric]:
     """Those of the paper's table, elsewhere the first of each target."""
-    papers = _PAPER[results["task"]]["metrics"] if results["task"] in _PAPER else ()
+    papers = PAPER[results["task"]].metrics if results["task"] in PAPER else ()
     if all(name in metrics for name in papers) and papers:
         return [metrics[name] for name in papers]
     return [target.metrics[0] for target in targets_of(results["units"], results["task"])]
@@ -154,17 +125,17 @@ def _rows(results: Mapping[str, Any]) -> list[_Row]:
 
 
 def _paper_row(results: Mapping[str, Any], *, energy_average: float | None = None) -> _Row:
-    paper = _PAPER[results["task"]]
-    metrics, splits = paper["metrics"], list(OFFICIAL_SIZES[results["task"]])
+    paper = PAPER[results["task"]]
+    metrics, splits = paper.metrics, list(paper.sizes)
     average = {key: values[-1] for key, values in metrics.items() if len(values) > len(splits)}
     if energy_average is not None:
         average["energy_mae"] = energy_average
     return _Row(
-        label=f"FAENet, the paper's ({DATASETS[results['task']]}, RTX8000)",
+        label=f"FAENet, the paper's ({paper.data}, RTX8000)",
         splits={split: {key: values[i] for key, values in metrics.items()} for i, split in enumerate(splits)},
         average=average,
-        seconds_per_epoch=paper.get("seconds_per_epoch"),
-        samples_per_s=paper.get("forward_samples_per_s"),
+        seconds_per_epoch=paper.seconds_per_epoch,
+        samples_per_s=paper.forward_samples_per_s,
     )
 
 
@@ -233,9 +204,9 @@ def _notes(results: Mapping[str, Any], metrics: Mapping[str, Metric]) -> str:
         f"{_format(training['epochs'], '.4g')} epochs trained.",
     ]
     if results["official"]:
-        paper = _PAPER[results["task"]]
+        paper = PAPER[results["task"]]
         facts.append(
-            f"The paper's row: {paper['source']} of Duval et al. (ICML 2023), as published; {paper['training_set']}, "
+            f"The paper's row: {paper.source} of Duval et al. (ICML 2023), as published; {paper.training_set}, "
             "one RTX8000."
         )
     return "\n".join(f"- {fact}" for fact in facts)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from faenet_ocp.common.files import plain, software_versions
+from faenet_ocp.evaluation.paper import PAPER
 from faenet_ocp.targets import Target, metrics_of
 
 FORMAT = 1
@@ -21,24 +22,14 @@ BASELINES = {
     "mean_predictor": "mean predictor",
     "linear_in_composition": "linear in composition",
 }
-DATASETS = {"is2re": "OC20", "s2ef": "OC20", "qm7x": "QM7-X"}
-"""`dataset.name` of the data that the paper's tables are about, by task."""
-OFFICIAL_SIZES: dict[str, dict[str, int]] = {
-    "is2re": {"val_id": 24943, "val_ood_ads": 24961, "val_ood_cat": 24963, "val_ood_both": 24987},
-    "s2ef": {"val_id": 999866, "val_ood_ads": 999838, "val_ood_cat": 999809, "val_ood_both": 999944},
-    "qm7x": {"val_known": 104521, "val_unknown": 10100},
-}
-"""Systems in the paper's validation splits: what else is evaluated is never called OC20 or QM7-X."""
-_DRAWN = {"val_known": 2000}
-"""How far a split that is drawn anew may be from that size."""
 
 
 def dataset_label(dataset: str, task: str, sizes: Mapping[str, int]) -> tuple[str, bool]:
     """What results call a data set with these systems by split, and whether it is the paper's splits."""
-    if dataset != DATASETS.get(task):
+    paper = PAPER.get(task)
+    if paper is None or dataset != paper.data:
         return dataset, False
-    expected = OFFICIAL_SIZES[task]
-    if all(abs(size - expected.get(split, -size)) <= _DRAWN.get(split, 0) for split, size in sizes.items()):
+    if paper.are_its(sizes):
         return f"{dataset} {task.upper()}" if dataset == "OC20" else dataset, True
     return f"{dataset}'s formats, not its validation splits", False
 

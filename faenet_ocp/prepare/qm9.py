@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 FILE = "qm9.lmdb"
 NUM_MOLECULES = 130_831
 SPLITS = {"train": 110_000, "val": 10_000, "test": 10_831}
+SUBSETS = {"train_1k": 1_000, "train_10k": 10_000}
+"""The first molecules of `train`, for learning curves."""
 SEED = 123
 """Of the authors' permutation, by PyTorch's generator."""
 LABELS = ("mu", "alpha", "homo", "lumo", "gap", "R2", "ZPVE", "U0", "U", "H", "G", "Cv")
@@ -76,7 +78,7 @@ class Qm9File:
 
 
 def prepare(out_path: Path, raw_path: Path | None = None) -> int:
-    """Writes `qm9.lmdb` and the index files `train.npy`, `val.npy` and `test.npy`; goes on where it was interrupted.
+    """Writes `qm9.lmdb` and the index files of `SPLITS` and `SUBSETS`; goes on where it was interrupted.
 
     Args:
         out_path: folder for them.
@@ -98,6 +100,8 @@ def prepare(out_path: Path, raw_path: Path | None = None) -> int:
         order = torch.randperm(len(source), generator=torch.Generator().manual_seed(SEED)).numpy()
         for name, part in zip(SPLITS, np.split(order, np.cumsum(list(SPLITS.values()))[:-1]), strict=True):
             write_array(out_path / f"{name}.npy", part)
+        for name, size in SUBSETS.items():
+            write_array(out_path / f"{name}.npy", order[:size])
     return len(source)
 
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from faenet_ocp.common.files import write_json
+from faenet_ocp.evaluation.paper import PAPER
 from faenet_ocp.evaluation.report import render_table
-from faenet_ocp.evaluation.results import BASELINES, OFFICIAL_SIZES, SPLITS, RunInfo, build_results, dataset_label
+from faenet_ocp.evaluation.results import BASELINES, SPLITS, RunInfo, build_results, dataset_label
 from faenet_ocp.targets import TARGETS, scalar
 
 IS2RE_GOLDEN = """\
@@ -181,7 +182,7 @@ def test_written_results_are_strict_json_and_say_what_they_are(tmp_path):
 
 
 def test_only_the_official_validation_splits_are_called_oc20():
-    sizes = OFFICIAL_SIZES["is2re"]
+    sizes = PAPER["is2re"].sizes
     assert dataset_label("OC20", "is2re", sizes) == ("OC20 IS2RE", True)
     for other in (sizes | {"val_id": 100}, sizes | {"val_mine": 100}):
         assert dataset_label("OC20", "is2re", other) == ("OC20's formats, not its validation splits", False)
