@@ -112,6 +112,29 @@ def _draw_points(figure: Figure, axes: list[Axes], points: list[_Points], limits
         figure.colorbar(cells[0], ax=axes, label="points per cell", shrink=0.6, aspect=30)
 
 
+def plot_sizes(errors: Mapping[int, float], path: Path, *, title: str, label: str, levels: Mapping[str, float]) -> Path:
+    """Error against the number of training systems, both axes logarithmic.
+
+    Args:
+        errors: by number of systems.
+        path: PNG to write (atomically).
+        title, label: of the figure and of the error with its unit.
+        levels: lines to compare with, by name.
+    """
+    sizes = sorted(errors)
+    figure = Figure(figsize=(5.2, 4.0), layout="constrained")
+    ax = figure.subplots()
+    ax.loglog(sizes, [errors[size] for size in sizes], "o-")
+    for size in sizes:
+        ax.annotate(f"{errors[size]:.3g}", (size, errors[size]), xytext=(4, 6), textcoords="offset points")
+    for name, value in levels.items():
+        ax.axhline(value, color=_GREY, linestyle="--", linewidth=1)
+        ax.annotate(name, (sizes[0], value), xytext=(0, 3), textcoords="offset points", color=_GREY)
+    ax.set(title=title, xlabel="training molecules", ylabel=label)
+    ax.grid(color=_GRID, which="both")
+    return _save(figure, path)
+
+
 def plot_learning_curve(log: Path, path: Path, *, dataset: str, targets: Sequence[Target]) -> Path:
     """Training loss, validation errors and learning rate over steps, from the log of a run.
 

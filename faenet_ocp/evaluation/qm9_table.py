@@ -5,8 +5,10 @@ Every run predicts one target (`task: qm9`); runs of one model make one column.
 
 import statistics
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from faenet_ocp.evaluation.plots import plot_sizes
 from faenet_ocp.targets import QM9
 
 PAPER = {
@@ -122,3 +124,45 @@ def _number(value: float | None, digits: int) -> str:
 
 def _printed(value: float | None) -> str:
     return "" if value is None else f"{value:g}"
+
+
+def render_curve(curve: Mapping[int, Mapping[str, Any]], split: str = "test") -> str:
+    """Markdown of errors by number of training molecules; `curve` has the results of one target.
+
+    Raises:
+        ValueError: results of several targets.
+    """
+    name, errors = _curve(curve, split)
+    metric = QM9[name].metrics[0]
+    unit = f"m{metric.unit}" if metric.milli else metric.unit
+    lines = [f"| Training molecules | steps | {name} MAE [{unit}] |", "| ---: | ---: | ---: |"]
+    lines += [f"| {n:,} | {curve[n]['run']['step']:,} | {errors[n]:.{metric.digits}f} |" for n in sorted(curve)]
+    return "\n".join(lines) + "\n"
+
+
+def plot_curve(curve: Mapping[int, Mapping[str, Any]], path: Path, split: str = "test") -> Path:
+    """The same as a plot, with the error of what is linear in composition."""
+    name, errors = _curve(curve, split)
+    metric = QM9[name].metrics[0]
+    linear = errors_by_model([curve[max(curve)]], split)[_LINEAR].get(name)
+    steps = {results["run"]["step"] for results in curve.values()}
+    return plot_sizes(
+        errors,
+        path,
+        title=f"QM9, {name}, {split} split, {' or '.join(f'{step:,}' for step in sorted(steps))} steps each",
+        label=f"MAE [{'m' if metric.milli else ''}{metric.unit}]",
+        levels={} if linear is None else {f"{_LINEAR} (fitted to {max(curve):,})": linear},
+    )
+
+
+def _curve(curve: Mapping[int, Mapping[str, Any]], split: str) -> tuple[str, dict[int, float]]:
+    """The target, and its error by number of molecules."""
+    found = {}
+    for number, results in curve.items():
+        errors = errors_by_model([results], split)
+        found[number] = errors[results["run"]["model"]]
+    names = {name for errors in found.values() for name in errors}
+    if len(names) != 1:
+        raise ValueError(f"a curve is of one target, not of {', '.join(sorted(names))}")
+    (name,) = names
+    return name, {number: errors[name] for number, errors in found.items()}
