@@ -90,7 +90,7 @@ def test_calculator_and_relaxation_need_no_tags(trained: Path, tmp_path: Path) -
     energy, forces = atoms.get_potential_energy(), atoms.get_forces()
     assert np.isfinite(energy) and forces.shape == (len(atoms), 3)
     ase.io.write(tmp_path / "in.extxyz", molecules()[:3])
-    arguments = ["--checkpoint", best, "--cpu", "--fmax", "0.05", "--max-steps", "3"]
+    arguments = ["--checkpoint", best, "--device", "cpu", "--fmax", "0.05", "--max-steps", "3"]
     arguments += ["--input", str(tmp_path / "in.extxyz"), "--output", str(tmp_path / "out")]
     processes.run(arguments, program=[sys.executable, str(processes.ROOT / "scripts" / "relax.py")])
     relaxed = ase.io.read(tmp_path / "out" / "relaxed.extxyz", ":")
