@@ -28,6 +28,8 @@ def test_a_step_at_real_size(path: Path, small_is2re: Path, small_s2ef: Path) ->
         raw["task"], source = "is2re", "is2re/all/train/data.lmdb"
         data |= {"root": str(small_is2re), "train": {"src": source, "index": None}, "target": None}
         data |= {"format": "oc20_lmdb", "val": {"val": {"src": source, "index": None}, "test": None}}
+    if raw["task"] == "qm7x":
+        data["format"] = "oc20_lmdb"
     if raw["dataset"]["format"] == "ase":
         data |= {"format": "oc20_lmdb", "tags": None, "adsorbate": None}
     if "from_train" in raw["dataset"]["val"].get("val", {}):
