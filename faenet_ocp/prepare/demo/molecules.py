@@ -136,7 +136,7 @@ def _make_structures(number: int, settings: MoleculeSettings) -> tuple[NDArray[n
         if not BFGS(atoms, logfile=None).run(fmax=_MAX_FORCE, steps=200):
             return atoms.numbers, []
         relaxed = atoms.positions.copy()
-        frames = []
+        frames: list[tuple[Array, ...]] = []
         for index in range(settings.num_frames):
             atoms.positions = relaxed + (rng.normal(0.0, RATTLE, relaxed.shape) if index else 0.0)
             energy = np.array([atoms.get_potential_energy()])
