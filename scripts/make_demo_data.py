@@ -30,6 +30,11 @@ def main(argv: list[str] | None = None) -> None:
     output, num_workers = args.pop("output"), args.pop("num_workers")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if args.pop("molecules"):
+        given = [
+            name for name in ("num_train", "num_val", "frames_per_system") if args[name] != parser.get_default(name)
+        ]
+        if given:
+            parser.error(f"--{given[0].replace('_', '-')} has no meaning with --molecules")
         return _make_molecules(output or Path("data/demo_molecules/hdf5"), args["seed"], num_workers)
     from faenet_ocp.prepare.demo.generate import DemoSettings, make_demo_data  # not before: --help does not wait
 

@@ -20,6 +20,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--curve", nargs="+", default=[], metavar="NUMBER=RUN", help="training molecules and their run")
     parser.add_argument("--plot", type=Path, help="PNG of the curve")
     args = parser.parse_args(argv)
+    if args.plot is not None and not args.curve:
+        parser.error("--plot draws the runs of --curve; give these too")
     from faenet_ocp.evaluation.qm9_table import plot_curve, render_curve, render_qm9_table
     from faenet_ocp.evaluation.results import read_results
 

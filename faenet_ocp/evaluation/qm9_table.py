@@ -60,7 +60,7 @@ def errors_by_model(results: Sequence[Mapping[str, Any]], split: str = "test") -
                 f"{run}: is the second run of {document['run']['model']} on {target.name}; give one of them"
             )
         errors[target.name] = shown * document["splits"][split][metric.name]
-        linear = document["baselines"]["linear_in_composition"]["splits"][split]
+        linear = document["baselines"]["linear_in_composition"]["splits"].get(split, {})
         if metric.name in linear:
             found[_LINEAR][target.name] = shown * linear[metric.name]
     return found
