@@ -64,15 +64,16 @@ class SourceConfig(Section):
 class DatasetConfig(Section):
     """`dataset:` the data, one entry for each split; `null` in place of an entry drops that of an included file.
 
-    A sample that cannot be read or used ends the run; `--mode check` lists all of them. `tags` (format ase): what a
-    model that needs OC20's tags takes for them, see `data.tags`; by default the file's, or none if it needs none.
+    A sample that cannot be read or used ends the run; `--mode check` lists all of them. `edges: none` is for models
+    that find neighbours themselves. `tags` (format ase): what a model that needs OC20's tags takes for them, see
+    `data.tags`; by default the file's, or none if it needs none.
     """
 
     name: str = "OC20"
     root: PathText = "data"
     format: str = "oc20_lmdb"
     key_mapping: dict[str, str] = Field(default={})
-    edges: Literal["stored", "recompute"] = "stored"
+    edges: Literal["stored", "recompute", "none"] = "stored"
     tags: Literal["file", "fixed", "none"] | None = None
     adsorbate: Literal["metal"] | None = None
     target: str | None = None

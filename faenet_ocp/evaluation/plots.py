@@ -135,6 +135,27 @@ def plot_sizes(errors: Mapping[int, float], path: Path, *, title: str, label: st
     return _save(figure, path)
 
 
+def plot_trade_off(points: Mapping[str, tuple[float, float]], path: Path, *, title: str, label: str) -> Path:
+    """Error against throughput, which is logarithmic, one labelled point for each model (the paper's Figure 2).
+
+    Args:
+        points: samples/s and error, by name.
+        path: PNG to write (atomically).
+        title, label: of the figure and of the error with its unit.
+    """
+    figure = Figure(figsize=(6.6, 4.6), layout="constrained")
+    ax = figure.subplots()
+    ax.set_xscale("log")
+    for name, (speed, error) in points.items():
+        ax.plot(speed, error, "o")
+        ax.annotate(name, (speed, error), xytext=(5, 5), textcoords="offset points", size=9)
+    ax.set_title(title, size=9)
+    ax.set(xlabel="inference, samples/s (forward pass)", ylabel=label)
+    ax.margins(0.15)
+    ax.grid(color=_GRID, which="both")
+    return _save(figure, path)
+
+
 def plot_learning_curve(log: Path, path: Path, *, dataset: str, targets: Sequence[Target]) -> Path:
     """Training loss, validation errors and learning rate over steps, from the log of a run.
 
