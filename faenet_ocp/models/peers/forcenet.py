@@ -83,12 +83,12 @@ class ForceNet(Backbone):
 
     def forward(self, *, atomic_numbers: Tensor, edge_index: Tensor, edge_vec: Tensor, **_: Any) -> NodeFeatures:
         """Embed the atoms of a batch of systems; see `Backbone.forward`."""
+        h = self.embedding(atomic_numbers)
         distance = torch.linalg.vector_norm(edge_vec, dim=1)
         cutoff, (r_j, r_i) = self.options.cutoff, self.radii[atomic_numbers.long()][edge_index]
         distances = torch.stack([distance, distance - r_j, distance - r_i, distance - r_j - r_i], dim=1) / cutoff
         basis = self.basis(edge_vec / distance[:, None], distances.clamp(min=_SHORTEST))
         weight = (torch.cos(distance * (math.pi / (2 * cutoff))) * (distance < cutoff))[:, None]
-        h = self.embedding(atomic_numbers)
         for block in self.blocks:
             h = h + block(h, basis, weight, edge_index).to(h)
         return NodeFeatures(nn.functional.silu(self.output(h)).to(h))
