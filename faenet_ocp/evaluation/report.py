@@ -133,8 +133,8 @@ def _notes(results: Mapping[str, Any], metrics: Mapping[str, Metric]) -> str:
         f"Systems: {_counts(results['splits'])}.",
         " ".join(legend),
         f"This run: {run['config']}, {run['parameters']:,} parameters, epoch {format_number(run['epoch'], '.4g')}, "
-        f"step {format_number(run['step'], 'd')}, frames {frames}, seed {run['seed']}; {run['device']}; inference end to "
-        f"end {format_number(speed['end_to_end_samples_per_s'], '.0f')} samples/s; "
+        f"step {format_number(run['step'], 'd')}, frames {frames}, seed {run['seed']}; {run['device']}; inference end "
+        f"to end {format_number(speed['end_to_end_samples_per_s'], '.0f')} samples/s; "
         f"{format_number(training['epochs'], '.4g')} epochs trained.",
     ]
     if results["official"]:
