@@ -15,7 +15,7 @@ import yaml
 
 from faenet_ocp.common import log_setup
 from faenet_ocp.common.checks import nearest
-from faenet_ocp.common.files import exclusive, expand_path, write_text
+from faenet_ocp.common.files import exclusive, expand_path, write_json, write_text
 from faenet_ocp.config.messages import without_removed
 from faenet_ocp.config.schema import Config, build_config
 from faenet_ocp.config.yaml import find_config, load_yaml, merge, parse_overrides, parse_value
@@ -236,6 +236,7 @@ def _compare(runs: Sequence[_Run], identifier: str) -> None:
         return
     folder = runs[0].folder.with_name(f"{identifier}_sweep")
     table = render_comparison(by_row)
+    write_json(folder / "results.json", by_row)
     write_text(folder / "table.md", table)
     plot_comparison(by_row, folder / "trade_off.png")
     sys.stdout.write(f"\n{table}\nresults: {folder}\n")
