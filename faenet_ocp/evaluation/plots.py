@@ -156,6 +156,28 @@ def plot_trade_off(points: Mapping[str, tuple[float, float]], path: Path, *, tit
     return _save(figure, path)
 
 
+def plot_differences(values: Mapping[str, np.ndarray], path: Path, *, title: str, target: Target) -> Path:
+    """How many systems differ by how much, |E(x) - E(Rx)|, a line for each name; both axes logarithmic.
+
+    Args:
+        values: absolute differences, by name.
+        path: PNG to write (atomically).
+        title: of the figure.
+        target: what they are differences of.
+    """
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    ax = figure.subplots()
+    for name, found in values.items():
+        shown = np.sort(np.maximum(1e3 * found, 1e-9))
+        ax.step(shown, np.arange(1, len(shown) + 1) / len(shown), where="post", label=name)
+    ax.set_xscale("log")
+    ax.set_title(title, size=9)
+    ax.set(xlabel=f"|{target.name}(x) - {target.name}(Rx)| [m{target.unit}]", ylabel="share of systems below")
+    ax.legend(fontsize=8)
+    ax.grid(color=_GRID, which="both")
+    return _save(figure, path)
+
+
 def plot_learning_curve(log: Path, path: Path, *, dataset: str, targets: Sequence[Target]) -> Path:
     """Training loss, validation errors and learning rate over steps, from the log of a run.
 

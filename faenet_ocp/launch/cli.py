@@ -52,11 +52,19 @@ def make_parser() -> argparse.ArgumentParser:
     add("--config", "--config-yml", metavar="YAML", help="configuration file; needed except with --checkpoint")
     add(
         "--mode",
-        choices=("train", "validate", "predict", "check", "benchmark"),
+        choices=("train", "validate", "predict", "symmetry", "check", "benchmark"),
         default="train",
-        help="check reads all data and lists what cannot be used; benchmark takes the arguments of its own program",
+        help="symmetry compares predictions of systems and moved copies; check reads all data and lists what cannot be "
+        "used; benchmark takes the arguments of its own program",
     )
     add("--checkpoint", metavar="PT", help="weights to validate or predict with, or to begin training with")
+    add(
+        "--symmetry-dim",
+        type=int,
+        choices=(2, 3),
+        help="of --mode symmetry: about z, or any axis (default: frames.dim)",
+    )
+    add("--max-systems", type=int, metavar="N", help="of --mode symmetry: a random subset of this size (default 256)")
     job = parser.add_argument_group("run", "each of these is also a key of the section job:")
     job.add_argument("--run-dir", metavar="DIR", help="folder that holds the runs (default: runs)")
     job.add_argument(
@@ -128,6 +136,9 @@ def _benchmark(flags: argparse.Namespace, arguments: Sequence[str]) -> int:
 def _run(flags: argparse.Namespace, overrides: Sequence[str]) -> int:
     if flags.dry_run and not flags.submit:
         raise ValueError("--dry-run: says what --submit would do; give both")
+    for name in ("symmetry_dim", "max_systems"):
+        if getattr(flags, name) is not None and flags.mode != "symmetry":
+            raise ValueError(f"--{name.replace('_', '-')}: is for --mode symmetry")
     if flags.mode == "check" and (flags.submit or flags.sweep_yml):
         raise ValueError("--mode check: reads the data of one configuration, here; no --submit and no --sweep-yml")
     given = _given(flags, overrides)
@@ -213,7 +224,7 @@ def _run_sweep(runs: Sequence[_Run], flags: argparse.Namespace) -> int:
                 raise
             logging.exception("%s failed", run.folder.name)
             failed.append(run.folder.name)
-    if flags.mode != "predict":
+    if flags.mode in ("train", "validate"):
         _compare([run for run in runs if run.folder.name not in failed], flags.identifier)
     if failed:
         sys.stderr.write(f"error: {len(failed)} of {len(runs)} runs failed: {', '.join(failed)}\n")
@@ -295,13 +306,17 @@ def _given(flags: argparse.Namespace, overrides: Sequence[str]) -> dict[str, Any
     for option in flags.slurm_extra or ():
         name, equals, value = option.removeprefix("--").partition("=")
         slurm.setdefault("additional_parameters", {})[name] = parse_value(value) if equals else True
-    return merge(parse_overrides(overrides), {"job": job, "slurm": slurm})
+    symmetry = {"dim": flags.symmetry_dim, "max_systems": flags.max_systems}
+    symmetry = {name: value for name, value in symmetry.items() if value is not None}
+    above = {"job": job, "slurm": slurm} | ({"evaluation_metrics": {"symmetry": symmetry}} if symmetry else {})
+    return merge(parse_overrides(overrides), above)
 
 
 def _run_folder(config: Any, mode: str) -> Path:
     name = config.job.identifier or datetime.now().strftime(f"%Y-%m-%d-%H-%M-%S-{mode}")
     folder = (Path(config.job.run_dir) / name).resolve()
-    if mode == "validate" and (folder / "results" / "metrics.json").exists():
+    written = {"validate": "metrics.json", "symmetry": "symmetry.json"}.get(mode)
+    if written is not None and (folder / "results" / written).exists():
         raise ValueError(f"{folder} has results already; choose another --identifier")
     return folder
 
@@ -336,7 +351,7 @@ def _write_config(path: Path, content: dict[str, Any], comments: Sequence[str] =
 
 def _show(folder: Path, mode: str) -> int:
     """Prints the table and, as the last line, where everything lies."""
-    table = folder / "results" / "table.md"
+    table = folder / "results" / ("symmetry.md" if mode == "symmetry" else "table.md")
     if mode != "predict" and table.is_file():
         sys.stdout.write(f"\n{table.read_text(encoding='utf-8')}\n")
     sys.stdout.write(f"results: {folder}\n")
