@@ -14,10 +14,12 @@ from faenet_ocp.models.base import Backbone, NodeFeatures
 from faenet_ocp.models.faenet import FAENet
 from faenet_ocp.models.functional import segment_sum
 from faenet_ocp.models.heads import EnergyHead, ForceHead
+from faenet_ocp.models.peers.comenet import ComENet
 from faenet_ocp.models.peers.dimenetpp import DimeNetPlusPlus
 from faenet_ocp.models.peers.egnn import EGNN
 from faenet_ocp.models.peers.painn import PaiNN
 from faenet_ocp.models.peers.schnet import SchNet
+from faenet_ocp.models.peers.spherenet import SphereNet
 
 
 class FairchemBackbone(BackboneInterface):
@@ -82,6 +84,8 @@ SchNetBackbone = _register("schnet", SchNet)
 DimeNetPlusPlusBackbone = _register("dimenetpp", DimeNetPlusPlus)
 PaiNNBackbone = _register("painn", PaiNN)
 EGNNBackbone = _register("egnn", EGNN)
+ComENetBackbone = _register("comenet", ComENet)
+SphereNetBackbone = _register("spherenet", SphereNet)
 
 
 @registry.register_model("scalar_head")
