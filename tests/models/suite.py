@@ -237,3 +237,15 @@ class ModelSuite:
         energy, forces = outputs_of(self.model(), slabs(2))
         found = (*energy.tolist(), *forces[0].tolist())
         assert found == pytest.approx(self.golden, rel=1e-5, abs=1e-6)
+
+
+def check_supercell(suite: ModelSuite) -> None:
+    """A supercell has the energy of its cells, and their forces."""
+    model, cells = suite.model(), []
+    for atoms in (small_data.make_slab(1), small_data.make_slab(1).repeat((2, 1, 1))):
+        pos, cell = torch.tensor(atoms.positions), torch.tensor(atoms.cell.array)
+        cells.append(make_sample(pos, atoms.numbers.tolist(), atoms.get_tags().tolist(), cell, cutoff=4.0))
+    energy, forces = (output.detach() for output in outputs_of(model, to_batch(cells)))
+    assert float(energy[1]) == pytest.approx(2 * float(energy[0]), rel=1e-9)
+    single = len(cells[0].pos)
+    torch.testing.assert_close(forces[single : 2 * single], forces[:single], rtol=1e-8, atol=1e-9)

@@ -136,11 +136,12 @@ class Branch(nn.Module):
 
     def __init__(self, channels: int, middle: int, functions: int) -> None:
         super().__init__()
-        self.weights = nn.Sequential(
-            nn.Linear(functions, middle, bias=False), nn.Linear(middle, channels, bias=False)
-        )
+        self.weights = nn.Sequential(nn.Linear(functions, middle, bias=False), nn.Linear(middle, channels, bias=False))
         self.received, self.own = nn.Linear(channels, channels), nn.Linear(channels, channels, bias=False)
         self.last = nn.Linear(channels, channels)
+        for layer in self.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.xavier_uniform_(layer.weight)
 
     def forward(self, x: Tensor, features: Tensor, edge_index: Tensor) -> Tensor:
         """(N, C), (E, functions), (2, E) -> (N, C)."""

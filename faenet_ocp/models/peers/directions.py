@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch_geometric.nn.models.dimenet import SphericalBasisLayer
 
-STRAIGHT = 0.05
-"""Sine of the angle to an axis, below which a direction has no azimuth around it: about 3 degrees."""
+STRAIGHT = 0.1
+"""Sine of the angle to an axis, below which a direction has no azimuth around it: about 6 degrees."""
 
 
 def unit(vectors: Tensor, *, shortest: float = 0.0) -> Tensor:
@@ -104,4 +104,4 @@ def bessel_functions(layer: SphericalBasisLayer, distance: Tensor) -> Tensor:
     """
     scaled = distance / layer.cutoff
     values = torch.stack([function(scaled) for function in layer.bessel_funcs], dim=1)
-    return values.view(len(distance), layer.num_spherical, -1)
+    return values.unflatten(1, (layer.num_spherical, -1))

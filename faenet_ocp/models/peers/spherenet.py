@@ -11,7 +11,7 @@ E is a sum over atoms and blocks, as of DimeNet++; forces are -dE/dX.
 
 Invariant under rotations, not under reflections: the next plane is then the one before. Discontinuous where two
 neighbours get into one plane with the edge, because both then change the plane that they refer to. Neighbours within
-0.001 of one azimuth are taken as one plane, and the torsion is to the next: images of atoms are exactly in a plane, and
+0.0001 of one azimuth are taken as one plane, and the torsion is to the next: images of atoms are exactly in a plane, and
 rounding must not decide. A neighbour on the line of the edge has no plane; it stays without torsion.
 
 Shapes: E edges j -> i, T triplets k -> j -> i, L degrees, R radial functions.
@@ -32,7 +32,7 @@ from faenet_ocp.models.peers import directions as geometry
 from faenet_ocp.models.peers.dimenetpp import DimeNetPlusPlus, DimeNetPlusPlusOptions
 from faenet_ocp.models.peers.layers import at_least
 
-_SAME_PLANE = 1e-3
+_SAME_PLANE = 1e-4
 """Radian."""
 
 
