@@ -176,7 +176,7 @@ def edge_geometry(atomic_numbers: Tensor, edge_index: Tensor, edge_vec: Tensor) 
 
 @torch.no_grad()
 def reference_edges(atomic_numbers: Tensor, edge_index: Tensor, edge_vec: Tensor) -> tuple[Tensor, Tensor]:
-    """The edges from f_i and s_i to every atom i: its nearest neighbour, and the nearest that is not on one line with it.
+    """The edges from f_i and s_i to every atom i: its nearest neighbour, and the nearest that is not on a line with it.
 
     Returns:
         numbers of edges, (N,) each; E where an atom has none.

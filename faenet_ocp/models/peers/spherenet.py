@@ -1,8 +1,8 @@
 """SphereNet: spherical message passing (Liu et al., ICLR 2022, arXiv:2102.05013), a DimeNet++ with torsions.
 
 A neighbour k of j is seen in spherical coordinates around the edge j -> i: distance d_kj, angle theta = kji, and the
-torsion phi of the plane of k to the next plane, counterclockwise around the edge, in which j has a neighbour (section 3.1).
-Torsions of all neighbours around an edge add up to 2 pi.
+torsion phi of the plane of k to the next plane, counterclockwise around the edge, in which j has a neighbour (section
+3.1). Torsions of all neighbours around an edge add up to 2 pi.
 
     m_ji <- f(m_ji, sum_k g(m_kj, R(d_kj)) * W A(d_kj, theta) * W' T(d_kj, theta, phi))                    (section 3.3)
     A = j_l(z_ln d / c) Y_l^0(theta),     T = j_l(z_ln d / c) Y_l^m(theta, phi)
@@ -11,8 +11,8 @@ E is a sum over atoms and blocks, as of DimeNet++; forces are -dE/dX.
 
 Invariant under rotations, not under reflections: the next plane is then the one before. Discontinuous where two
 neighbours get into one plane with the edge, because both then change the plane that they refer to. Neighbours within
-0.0001 of one azimuth are taken as one plane, and the torsion is to the next: images of atoms are exactly in a plane, and
-rounding must not decide. A neighbour on the line of the edge has no plane; it stays without torsion.
+0.0001 of one azimuth are taken as one plane, and the torsion is to the next: images of atoms are exactly in a plane,
+and rounding must not decide. A neighbour on the line of the edge has no plane; it stays without torsion.
 
 Shapes: E edges j -> i, T triplets k -> j -> i, L degrees, R radial functions.
 """
