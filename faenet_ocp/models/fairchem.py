@@ -14,12 +14,14 @@ from faenet_ocp.models.base import Backbone, NodeFeatures
 from faenet_ocp.models.faenet import FAENet
 from faenet_ocp.models.functional import segment_sum
 from faenet_ocp.models.heads import EnergyHead, ForceHead
+from faenet_ocp.models.peers.comenet import ComENet
 from faenet_ocp.models.peers.dimenetpp import DimeNetPlusPlus
 from faenet_ocp.models.peers.egnn import EGNN
 from faenet_ocp.models.peers.forcenet import ForceNet
 from faenet_ocp.models.peers.gns import GNS
 from faenet_ocp.models.peers.painn import PaiNN
 from faenet_ocp.models.peers.schnet import SchNet
+from faenet_ocp.models.peers.spherenet import SphereNet
 
 
 class FairchemBackbone(BackboneInterface):
@@ -86,6 +88,8 @@ PaiNNBackbone = _register("painn", PaiNN)
 EGNNBackbone = _register("egnn", EGNN)
 ForceNetBackbone = _register("forcenet", ForceNet)
 GNSBackbone = _register("gns", GNS)
+ComENetBackbone = _register("comenet", ComENet)
+SphereNetBackbone = _register("spherenet", SphereNet)
 
 
 @registry.register_model("scalar_head")

@@ -16,7 +16,7 @@ from faenet_ocp.training.optim import make_optimizer
 from faenet_ocp.training.start import freeze_unused
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-LARGE = ("dimenetpp", "escaip", "painn")
+LARGE = ("dimenetpp", "escaip", "painn", "spherenet", "gns")
 SHIPPED = [
     pytest.param(path, marks=pytest.mark.slow if path.stem in LARGE else (), id=f"{path.parent.name}-{path.stem}")
     for path in sorted(CONFIGS.rglob("*.yml"))

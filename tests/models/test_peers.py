@@ -17,7 +17,7 @@ from torch_geometric.nn import models as pyg
 import small_data
 from faenet_ocp.graph.vectors import edge_vectors
 from faenet_ocp.models.peers.dimenetpp import triplets
-from models.suite import ModelSuite, make_sample, outputs_of, slab, slabs, to_batch
+from models.suite import ModelSuite, check_supercell, make_sample, outputs_of, slab, slabs, to_batch
 
 
 class TestSchNet(ModelSuite):
@@ -85,14 +85,7 @@ def copy_weights(ours: nn.Module, theirs: nn.Module, names: dict[str, str]) -> N
 
 @pytest.mark.parametrize("suite", LOCAL)
 def test_a_supercell_has_the_energy_of_its_cells(suite: type[ModelSuite]) -> None:
-    model, cells = suite().model(), []
-    for atoms in (small_data.make_slab(1), small_data.make_slab(1).repeat((2, 1, 1))):
-        pos, cell = torch.tensor(atoms.positions), torch.tensor(atoms.cell.array)
-        cells.append(make_sample(pos, atoms.numbers.tolist(), atoms.get_tags().tolist(), cell, cutoff=4.0))
-    energy, forces = (output.detach() for output in outputs_of(model, to_batch(cells)))
-    assert float(energy[1]) == pytest.approx(2 * float(energy[0]), rel=1e-9)
-    single = len(cells[0].pos)
-    torch.testing.assert_close(forces[single : 2 * single], forces[:single], rtol=1e-8, atol=1e-9)
+    check_supercell(suite())
 
 
 def test_schnet_equals_pygs_on_equal_weights() -> None:

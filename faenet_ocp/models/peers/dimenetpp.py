@@ -78,13 +78,17 @@ class DimeNetPlusPlus(Backbone):
         source, target = edge_index
         distance = torch.linalg.vector_norm(edge_vec, dim=1)
         kj, ji = triplets(edge_index, edge_vec, len(atomic_numbers))
-        rbf, sbf = self.rbf(distance), self.sbf(distance, _angles(edge_vec[kj], edge_vec[ji]), kj)
+        rbf, sbf = self.rbf(distance), self.triplet_basis(distance, edge_vec, kj, ji)
         messages = [self.embedding(atomic_numbers, rbf, target, source)]
         for interaction in self.interactions:
             messages.append(interaction(messages[-1], rbf, sbf, kj, ji))
         gated = [gate(rbf) * message for gate, message in zip(self.gates, messages, strict=True)]
         states = tuple(segment_sum(part, target, len(atomic_numbers)).to(edge_vec) for part in gated)
         return NodeFeatures(states[-1], states)
+
+    def triplet_basis(self, distance: Tensor, edge_vec: Tensor, kj: Tensor, ji: Tensor) -> Tensor:
+        """Functions of the distance k-j and the angle of every triplet, (T, num_spherical * num_radial)."""
+        return self.sbf(distance, _angles(edge_vec[kj], edge_vec[ji]), kj)
 
     def scalar_output(self) -> nn.Module:
         """The sum over blocks of an MLP of each block's messages."""
