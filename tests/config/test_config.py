@@ -5,10 +5,13 @@ from pathlib import Path
 
 import pytest
 
+import shipped
+from faenet_ocp.build import make_model
 from faenet_ocp.config.schema import build_config
 from faenet_ocp.config.yaml import find_config, load_yaml, parse_overrides
+from faenet_ocp.launch.sweep import expand, load_sweep
+from shipped import CONFIGS
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 MINIMAL = {
     "trainer": "faenet",
     "task": "is2re",
@@ -116,11 +119,20 @@ def test_shipped_configs_are_found_from_any_folder(tmp_path: Path, monkeypatch: 
         find_config("configs/is2re/fanet.yml")
 
 
-@pytest.mark.parametrize(
-    "path", sorted(p for p in CONFIGS.rglob("*.yml") if p.name != "base.yml"), ids=lambda p: p.stem
-)
+@pytest.mark.parametrize("path", shipped.RUNS, ids=shipped.name_of)
 def test_every_shipped_config_is_valid(path: Path) -> None:
     build_config(load_yaml(path))
+
+
+@pytest.mark.parametrize("path", shipped.SWEEPS, ids=shipped.name_of)
+def test_every_run_of_a_shipped_sweep_is_valid_and_builds(path: Path) -> None:
+    found = load_sweep(path)
+    common = None if found.config is None else load_yaml(found.config)
+    elements = expand(found, common, {}, "sweep")
+    assert len({element.raw["job"]["identifier"] for element in elements}) == len(elements) > 3
+    for element in elements:
+        model = make_model(build_config(element.raw))
+        assert sum(parameter.numel() for parameter in model.parameters()) < 4_000_000, element.name
 
 
 def test_paper_settings_of_is2re() -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import shipped
 from faenet_ocp import build
 from faenet_ocp.config.schema import build_config
 from faenet_ocp.config.yaml import load_yaml, merge
@@ -15,12 +16,10 @@ from faenet_ocp.tasks.tasks import energy_gradient_forces, has_no_forces_of_its_
 from faenet_ocp.training.optim import make_optimizer
 from faenet_ocp.training.start import freeze_unused
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 LARGE = ("dimenetpp", "escaip", "painn", "spherenet", "gns")
 SHIPPED = [
-    pytest.param(path, marks=pytest.mark.slow if path.stem in LARGE else (), id=f"{path.parent.name}-{path.stem}")
-    for path in sorted(CONFIGS.rglob("*.yml"))
-    if path.name != "base.yml"
+    pytest.param(path, marks=pytest.mark.slow if path.stem in LARGE else (), id=shipped.name_of(path))
+    for path in shipped.RUNS
 ]
 
 
