@@ -1,8 +1,8 @@
 """FAENet and frame averaging for OC20, on fairchem-core 2.
 
 Public names are loaded when first used, so `import faenet_ocp.frames` needs torch only. Importing
-`faenet_ocp.training.trainer` registers everything in fairchem's registry: trainer `faenet`, models `faenet` and
-`frame_averaging`, data sets `oc20_lmdb` and `oc20_packed`.
+`faenet_ocp.training.trainer` registers everything in fairchem's registry: trainer `faenet`, models `faenet`, those of
+`models/peers` and `frame_averaging`, data sets `oc20_lmdb` and `oc20_packed`.
 """
 
 from importlib import import_module
@@ -17,6 +17,12 @@ _PUBLIC = {
     "EnergyHead": "faenet_ocp.models.heads",
     "ForceHead": "faenet_ocp.models.heads",
     "FAENetBackbone": "faenet_ocp.models.fairchem",
+    "Backbone": "faenet_ocp.models.base",
+    "NodeFeatures": "faenet_ocp.models.base",
+    "Options": "faenet_ocp.models.base",
+    "option": "faenet_ocp.models.base",
+    "Readout": "faenet_ocp.models.peers.layers",
+    "register_network": "faenet_ocp.models.fairchem",
     "FrameAveragedModel": "faenet_ocp.models.frame_averaging",
     "Frames": "faenet_ocp.frames",
     "compute_frames": "faenet_ocp.frames",

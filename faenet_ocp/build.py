@@ -90,7 +90,7 @@ def _open_files(
         "src": [_below(config.dataset.root, path) for path in ([given] if isinstance(given, str) else given)],
         "key_mapping": config.dataset.key_mapping or None,
         "transforms": transforms,
-        "edges": edges or config.dataset.edges,
+        "edges": edges or edges_of(config),
         "labels": list(config.properties) if labelled else [],
         "dataset_name": config.dataset.name,
         "seed": config.job.seed,
@@ -145,6 +145,20 @@ def _tags(config: Config, cls: type) -> dict[str, str | None]:
     if adsorbate is not None and not needed and choice is None:
         raise ValueError("dataset.adsorbate: has no effect, as the model needs no tags")
     return {"tags": choice or ("file" if needed else "none"), "adsorbate": adsorbate}
+
+
+def edges_of(config: Config) -> str:
+    """What samples get for edges: what `dataset.edges` says, and none where the model says that it uses none.
+
+    Raises:
+        ValueError: the model uses edges, and the configuration says none.
+    """
+    needs = getattr(registry.get_model_class(config.model["name"]), "needs", None)  # of others it is not known
+    if needs is not None and "edges" not in needs:
+        return "none"
+    if needs is not None and config.dataset.edges == "none":
+        raise ValueError(f"dataset.edges: none, but {config.model['name']} needs edges: stored, or recompute")
+    return config.dataset.edges
 
 
 def needs_tags(config: Config) -> str:
@@ -224,6 +238,8 @@ def make_model(config: Config) -> FrameAveragedModel:
     for key in options:
         if key not in known:
             raise ValueError(f"model.{key}: unknown key{nearest(key, sorted({*known, 'name', 'heads'}))}")
+    if edges_of(config) == "none":
+        graph["cutoff"] = None
     try:
         model = FrameAveragedModel(
             backbone={"model": name, **backbone},

@@ -1,4 +1,4 @@
-"""Measure FAENet beside the published package, SchNet and fairchem's eSCN-MD, on the same batches in the same run.
+"""Measure FAENet beside the published package and all other models, on the same batches in the same run.
 
     python -m faenet_ocp.benchmark --output cpu.json
     python -m faenet_ocp.benchmark --device cuda --output cuda.json

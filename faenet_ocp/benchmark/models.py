@@ -1,7 +1,7 @@
 """The models that are compared, each with one way to predict from a batch.
 
-Settings: FAENet's are those of `configs/<task>/faenet.yml` (the paper's Table 7), SchNet's those of OCP's configs
-`is2re/all/schnet` and `s2ef/2M/schnet`, eSCN-MD's a small setting of ours (4 layers, 128 channels, lmax 2).
+Settings are those of `configs/<task>/<model>.yml`, whose first lines say where they come from; FAENet's are the paper's
+Table 7.
 """
 
 from collections.abc import Callable
@@ -10,30 +10,52 @@ from typing import Any
 
 import torch
 from fairchem.core.datasets.atomic_data import AtomicData
-from fairchem.core.models.base import HydraModel
 from torch import Tensor, nn
 from torch_geometric.data import Data
-from torch_geometric.nn.models import SchNet
 
 from faenet_ocp import build
 from faenet_ocp.benchmark.published import build_published
 from faenet_ocp.config.schema import build_config
 from faenet_ocp.config.yaml import find_config, load_yaml
-from faenet_ocp.graph.vectors import edge_vectors
 from faenet_ocp.models.reference_weights import load_reference_state_dict
 from faenet_ocp.targets import TASKS
-from faenet_ocp.tasks.tasks import conservative_outputs, make_tasks
+from faenet_ocp.tasks.tasks import (
+    conservative_outputs,
+    energy_gradient_forces,
+    has_no_forces_of_its_own,
+    make_tasks,
+)
 
 Outputs = dict[str, Tensor]
 OC20_TASKS = ("is2re", "s2ef")
-_SMALL = {"num_filters": 32, "num_interactions": 2, "num_gaussians": 16}
-_SMALL |= {"hidden_channels": 48, "tag_hidden_channels": 8, "pg_hidden_channels": 8}
-_SCHNET: dict[str, dict[str, Any]] = {
-    "is2re": {"hidden_channels": 384, "num_filters": 128, "num_interactions": 4, "num_gaussians": 100},
-    "s2ef": {"hidden_channels": 1024, "num_filters": 256, "num_interactions": 5, "num_gaussians": 200},
+PEERS = (
+    "schnet",
+    "faenet",
+    "painn",
+    "egnn",
+    "forcenet",
+    "gns",
+    "comenet",
+    "dimenetpp",
+    "spherenet",
+    "escn_md",
+    "escaip",
+)
+"""Files of `configs/<task>`; the first is what the others are compared with."""
+_SMALL: dict[str, dict[str, Any]] = {
+    "faenet": {"num_filters": 32, "num_interactions": 2, "num_gaussians": 16, "hidden_channels": 48},
+    "schnet": {"hidden_channels": 16, "num_filters": 16, "num_interactions": 1},
+    "painn": {"hidden_channels": 16, "num_interactions": 1},
+    "egnn": {"hidden_channels": 16, "num_interactions": 1},
+    "forcenet": {"hidden_channels": 16, "decoder_hidden_channels": 16, "num_interactions": 1},
+    "gns": {"hidden_channels": 16, "num_interactions": 1, "num_radial": 16},
+    "comenet": {"hidden_channels": 16},
+    "dimenetpp": {"hidden_channels": 16, "num_blocks": 1},
+    "spherenet": {"hidden_channels": 16},
+    "escn_md": {"sphere_channels": 16, "hidden_channels": 16, "num_layers": 1},
+    "escaip": {"hidden_size": 32, "num_layers": 1},
 }
-_ESCN = {"sphere_channels": 128, "lmax": 2, "mmax": 2, "num_layers": 4, "hidden_channels": 128}
-_ESCN |= {"edge_channels": 128, "num_distance_basis": 64}
+_SMALL["faenet"] |= {"tag_hidden_channels": 8, "pg_hidden_channels": 8}
 
 
 @dataclass
@@ -60,10 +82,10 @@ class Contender:
             return self.predict(batch)
 
 
-def _shipped(task: str, *, small: bool) -> dict[str, Any]:
+def _shipped(task: str, model: str = "faenet", *, small: bool) -> dict[str, Any]:
     """The shipped configuration of a task; `small`: with few channels and blocks, for quick checks."""
-    config = load_yaml(find_config(f"configs/{task}/faenet.yml"))
-    config["model"] |= _SMALL if small else {}
+    config = load_yaml(find_config(f"configs/{task}/{model}.yml"))
+    config["model"] |= _SMALL[model] if small else {}
     return config
 
 
@@ -72,29 +94,51 @@ def graph(task: str) -> dict[str, Any]:
     return {name: _shipped(task, small=False)["model"][name] for name in ("cutoff", "max_neighbors")}
 
 
-def faenet(
+def shipped(
     task: str,
+    model: str = "faenet",
     *,
     small: bool = False,
     frames: dict[str, Any] | None = None,
-    graph_norm: str = "system",
     amp: bool = False,
     conservative: bool = False,
     name: str = "",
+    **options: Any,
 ) -> Contender:
-    """This package's FAENet; graph_norm "batch" is the published package's; `conservative`: forces are -dE/dX."""
-    raw = _shipped(task, small=small)
-    raw["model"]["graph_norm"] = graph_norm
+    """A model of this package's configurations, with random weights.
+
+    Args:
+        task, model: `configs/<task>/<model>.yml`.
+        small: with few channels and blocks.
+        frames: of the batches; None: no frames.
+        amp: bfloat16 autocast.
+        conservative: forces are -dE/dX through the frames, though there is a head for them.
+        name: in tables.
+        options: of the network, in place of those of the file.
+    """
+    raw = _shipped(task, model, small=small)
+    raw["model"] |= options
     raw["frames"] = frames or {"method": "none"}
     config = build_config(raw)
-    model, tasks = build.make_model(config), make_tasks(config, {})
+    network, tasks = build.make_model(config), make_tasks(config, {})
+    from_energy = has_no_forces_of_its_own(network, tasks)
 
     def predict(batch: AtomicData) -> Outputs:
-        outputs = conservative_outputs(model, tasks, batch.clone()) if conservative else model(batch)
-        return {key: value[key] for key, value in outputs.items()}
+        if conservative:
+            outputs = conservative_outputs(network, tasks, batch.clone())
+        elif from_energy:
+            with torch.enable_grad():
+                batch = batch.clone()
+                batch.pos.requires_grad_()
+                outputs = dict(network(batch))
+                forces = energy_gradient_forces(tasks, outputs, batch.pos, differentiable=network.training)
+            outputs["forces"] = {"forces": forces}
+        else:
+            outputs = network(batch)
+        return {key: outputs[key][key] for key in TASKS[task]}
 
-    settings = {**config.model, "frames": frames}
-    return Contender(name or "FAENet" + (", bf16" if amp else ""), model, predict, settings, amp)
+    label = {"faenet": "FAENet"}.get(model, model) + (", bf16" if amp else "")
+    return Contender(name or label, network, predict, {**config.model, "frames": frames}, amp)
 
 
 def published(task: str, *, small: bool = False) -> Contender:
@@ -125,47 +169,3 @@ def same_weights(ours: Contender, theirs: Contender) -> None:
         energy_head=model.output_heads["energy"],
         force_head=dict(model.output_heads.items()).get("forces"),
     )
-
-
-def schnet(task: str, *, amp: bool = False) -> Contender:
-    """PyG's SchNet on the batch's graph; forces of S2EF are -dE/dX, as in OCP."""
-    torch.manual_seed(0)
-    edges: dict[str, Tensor] = {}
-    model = SchNet(
-        **_SCHNET[task],
-        cutoff=graph(task)["cutoff"],
-        interaction_graph=lambda pos, batch: (edges["edge_index"], edges["distance"]),
-    )
-
-    def predict(batch: AtomicData) -> Outputs:
-        forces = task == "s2ef"
-        with torch.set_grad_enabled(torch.is_grad_enabled() or forces):
-            pos = batch.pos.detach().requires_grad_(forces)
-            of_edge = batch.batch[batch.edge_index[1]]
-            vectors = edge_vectors(pos, batch.cell, batch.edge_index, batch.cell_offsets, of_edge)
-            edges.update(edge_index=batch.edge_index, distance=vectors.norm(dim=1))
-            energy = model(batch.atomic_numbers, pos, batch.batch)[:, 0]
-            if not forces:
-                return {"energy": energy}
-            (gradient,) = torch.autograd.grad(energy.sum(), pos, create_graph=model.training)
-        return {"energy": energy, "forces": -gradient}
-
-    return Contender("SchNet (PyG)" + (", bf16" if amp else ""), model, predict, _SCHNET[task], amp)
-
-
-def escn_md() -> Contender:
-    """fairchem's eSCN-MD at a small size, energy only, on the batch's graph."""
-    torch.manual_seed(0)
-    path = "fairchem.core.models.uma.escn_md"
-    settings = {**_ESCN, "cutoff": graph("is2re")["cutoff"]}
-    switches = {"direct_forces": True}
-    switches |= dict.fromkeys(("otf_graph", "regress_forces", "always_use_pbc", "use_dataset_embedding"), False)
-    model = HydraModel(
-        backbone={"model": f"{path}.eSCNMDBackbone", **settings, **switches},
-        heads={"energy": {"module": f"{path}.MLP_Energy_Head"}},
-    )
-
-    def predict(batch: AtomicData) -> Outputs:
-        return {"energy": model(batch)["energy"]["energy"]}
-
-    return Contender("eSCN-MD, small (fairchem)", model, predict, settings)

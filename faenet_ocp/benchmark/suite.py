@@ -101,7 +101,7 @@ def _published(settings: Settings) -> Iterator[Group]:
         except ImportError as error:
             yield {"name": "published", "task": task, "unavailable": str(error)}
             continue
-        ours = [models.faenet(task, small=settings.small, graph_norm="batch", amp=amp) for amp in (False, True)]
+        ours = [models.shipped(task, small=settings.small, graph_norm="batch", amp=amp) for amp in (False, True)]
         for contender in ours:
             models.same_weights(contender, reference)
         batch = settings.batch(task, settings.batch_size)
@@ -109,13 +109,15 @@ def _published(settings: Settings) -> Iterator[Group]:
 
 
 def _peers(settings: Settings) -> Iterator[Group]:
-    """Against other models, random weights, one stochastic frame: what a user would run."""
-    frames = {"method": "stochastic", "dim": 2, "group": "SE"}
+    """All models beside the first, random weights, FAENet in one stochastic frame: what a user would run."""
+    stochastic = {"method": "stochastic", "dim": 2, "group": "SE"}
     for task in OC20_TASKS:
         batch = settings.batch(task, min(settings.batch_size, _FEW))
-        contenders = [models.schnet(task, amp=amp) for amp in (False, True)]
-        contenders += [models.faenet(task, small=settings.small, frames=frames, amp=amp) for amp in (False, True)]
-        contenders += [models.escn_md()] if task == "is2re" else []
+        contenders = [
+            models.shipped(task, model, small=settings.small, frames=stochastic if model == "faenet" else None, amp=amp)
+            for model in models.PEERS
+            for amp in (False, True)
+        ]
         yield from _groups("peers", task, settings, [(one, batch) for one in contenders])
 
 
@@ -125,7 +127,7 @@ def _frames(settings: Settings) -> Iterator[Group]:
     rows = []
     for method in ("stochastic", "none", "canonical", "full"):
         frames = {"method": method, "dim": 3, "group": "E"}
-        rows.append((models.faenet("is2re", small=settings.small, frames=frames, name=f"frames: {method}"), batch))
+        rows.append((models.shipped("is2re", small=settings.small, frames=frames, name=f"frames: {method}"), batch))
     return _groups("frames", "is2re", settings, rows)
 
 
@@ -135,14 +137,14 @@ def _forces(settings: Settings) -> Iterator[Group]:
     frames = {"method": "canonical", "dim": 2, "group": "SE"}
     rows = []
     for name, conservative in (("forces predicted", False), ("forces -dE/dX", True)):
-        contender = models.faenet("s2ef", small=settings.small, frames=frames, conservative=conservative, name=name)
+        contender = models.shipped("s2ef", small=settings.small, frames=frames, conservative=conservative, name=name)
         rows.append((contender, batch))
     return _groups("forces", "s2ef", settings, rows, modes=("inference",))
 
 
 def _batch_sizes(settings: Settings) -> Iterator[Group]:
     rows = [
-        (models.faenet("is2re", small=settings.small, name=f"{size} systems"), settings.batch("is2re", size))
+        (models.shipped("is2re", small=settings.small, name=f"{size} systems"), settings.batch("is2re", size))
         for size in settings.batch_sizes
     ]
     return _groups("batch sizes", "is2re", settings, rows, modes=("inference",))
@@ -153,7 +155,7 @@ def _system_sizes(settings: Settings) -> Iterator[Group]:
     rows = []
     for size in settings.system_sizes:
         systems = make_systems([size] * max(1, 500 // size), remove_subsurface=False, **models.graph("is2re"))
-        contender = models.faenet("is2re", small=settings.small, name=f"{size} atoms each")
+        contender = models.shipped("is2re", small=settings.small, name=f"{size} atoms each")
         rows.append((contender, make_batch(systems, torch.device(settings.device))))
     return _groups("system sizes", "is2re", settings, rows, modes=("inference",))
 

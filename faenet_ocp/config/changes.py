@@ -17,7 +17,7 @@ MAY_CHANGE = {
     # When and how things happen.
     "grad_accumulation balance eval_batch_size eval_every eval_every_epochs checkpoint_every keep_checkpoints "
     "num_workers worker_context on_write_error",
-    "evaluation_metrics": "metrics.*",
+    "evaluation_metrics": "metrics.* symmetry.*",
     "logger": "name project entity mode",
     "job": "run_dir identifier num_gpus num_nodes cpu amp debug print_every output_format",
     "slurm": "partition account qos time mem_gb cpus_per_task additional_parameters.* max_timeouts rendezvous",

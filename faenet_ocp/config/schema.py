@@ -64,15 +64,16 @@ class SourceConfig(Section):
 class DatasetConfig(Section):
     """`dataset:` the data, one entry for each split; `null` in place of an entry drops that of an included file.
 
-    A sample that cannot be read or used ends the run; `--mode check` lists all of them. `tags` (format ase): what a
-    model that needs OC20's tags takes for them, see `data.tags`; by default the file's, or none if it needs none.
+    A sample that cannot be read or used ends the run; `--mode check` lists all of them. `edges: none` is for models
+    that find neighbours themselves. `tags` (format ase): what a model that needs OC20's tags takes for them, see
+    `data.tags`; by default the file's, or none if it needs none.
     """
 
     name: str = "OC20"
     root: PathText = "data"
     format: str = "oc20_lmdb"
     key_mapping: dict[str, str] = Field(default={})
-    edges: Literal["stored", "recompute"] = "stored"
+    edges: Literal["stored", "recompute", "none"] = "stored"
     tags: Literal["file", "fixed", "none"] | None = None
     adsorbate: Literal["metal"] | None = None
     target: str | None = None
@@ -141,6 +142,20 @@ class PrimaryMetricConfig(Section):
     metric: str = ""
 
 
+class SymmetryConfig(Section):
+    """`evaluation_metrics.symmetry:` what `--mode symmetry` looks at.
+
+    Args:
+        dim: 2: turns about z and mirrors that contain it; 3: any. Default: that of `frames`.
+        max_systems: a random subset of the split.
+        split: of validation; default: that of the primary metric.
+    """
+
+    dim: Literal[2, 3] | None = None
+    max_systems: int = Field(default=256, ge=1)
+    split: str = ""
+
+
 class EvaluationConfig(Section):
     """`evaluation_metrics:` which metrics are reported, and which one chooses the best checkpoint.
 
@@ -149,6 +164,7 @@ class EvaluationConfig(Section):
 
     metrics: dict[str, list[str]] = Field(default={})
     primary_metric: PrimaryMetricConfig = PrimaryMetricConfig()
+    symmetry: SymmetryConfig = SymmetryConfig()
     max_systems: int | None = Field(default=None, ge=1)
 
     @property
@@ -289,10 +305,12 @@ class Config(Section):
             if name not in metrics:
                 raise ValueError(f"evaluation_metrics: unknown metric {name!r}{nearest(name, list(metrics))}")
         self._check_what_follows_metrics(list(metrics))
-        split = self.evaluation_metrics.primary_metric.split
-        if self.dataset.val and split not in self.dataset.val:
-            key, known = "evaluation_metrics.primary_metric.split", ", ".join(self.dataset.val)
-            raise ValueError(f"{key}: {split!r} is not among the splits of dataset.val: {known}")
+        known = ", ".join(self.dataset.val)
+        for key in ("primary_metric", "symmetry"):
+            split = getattr(self.evaluation_metrics, key).split
+            if self.dataset.val and split and split not in self.dataset.val:
+                key = f"evaluation_metrics.{key}.split"
+                raise ValueError(f"{key}: {split!r} is not among the splits of dataset.val: {known}")
         if self.job.amp and self.job.precision == "float64":
             raise ValueError("job.amp: bfloat16 autocast and job.precision: float64 exclude each other")
         return self

@@ -56,7 +56,7 @@ _Loader.add_implicit_resolver(
 )
 
 
-def find_config(path: str | Path) -> Path:
+def find_config(path: str | Path, flag: str = "--config") -> Path:
     """Resolves a config path: as given, else among the shipped configs (`configs/is2re/faenet.yml`)."""
     given = Path(expand_path(path))
     if given.is_file():
@@ -68,7 +68,7 @@ def find_config(path: str | Path) -> Path:
     ):
         if not given.is_absolute() and (base / relative).is_file():
             return base / relative
-    raise ValueError(f"--config {path}: there is no such file, here or among the shipped configs")
+    raise ValueError(f"{flag} {path}: there is no such file, here or among the shipped configs")
 
 
 def load_yaml(path: Path, _chain: tuple[Path, ...] = ()) -> dict[str, Any]:

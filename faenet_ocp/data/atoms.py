@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 def atoms_to_data(
     atoms: Atoms,
     *,
-    cutoff: float,
+    cutoff: float | None,
     max_neighbors: int | None,
     tags: str = "file",
     adsorbate: Adsorbate = None,
@@ -34,7 +34,7 @@ def atoms_to_data(
 
     Args:
         atoms: any structure; positions are taken as they are. `fixed` are those of `fixed_atoms`.
-        cutoff, max_neighbors: see ``graph.build_graph``.
+        cutoff, max_neighbors: see ``graph.build_graph``. Without a cutoff there are no edges.
         tags, adsorbate: see ``tags.assign_tags``, ``tags.adsorbate_of``. Without tags they are 0.
         dtype: of positions; the graph is that of the positions in this precision.
         dataset: name of the data set.
@@ -48,7 +48,7 @@ def atoms_to_data(
     record = geometry_of(atoms)
     record |= tags_of(record, tags, adsorbate=adsorbate_of(atoms, adsorbate, record["fixed"]))
     limit = NO_LIMIT if max_neighbors is None else max_neighbors
-    reading = Reading({}, "recompute", dtype, cutoff, limit)
+    reading = Reading({}, "none" if cutoff is None else "recompute", dtype, cutoff or 0.0, limit)
     data = make_batch([record], [str(atoms.info.get("sid", ""))], reading)
     data.dataset = dataset
     data.atom_id = torch.arange(len(atoms))

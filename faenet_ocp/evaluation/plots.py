@@ -135,6 +135,49 @@ def plot_sizes(errors: Mapping[int, float], path: Path, *, title: str, label: st
     return _save(figure, path)
 
 
+def plot_trade_off(points: Mapping[str, tuple[float, float]], path: Path, *, title: str, label: str) -> Path:
+    """Error against throughput, which is logarithmic, one labelled point for each model (the paper's Figure 2).
+
+    Args:
+        points: samples/s and error, by name.
+        path: PNG to write (atomically).
+        title, label: of the figure and of the error with its unit.
+    """
+    figure = Figure(figsize=(6.6, 4.6), layout="constrained")
+    ax = figure.subplots()
+    ax.set_xscale("log")
+    for name, (speed, error) in points.items():
+        ax.plot(speed, error, "o")
+        ax.annotate(name, (speed, error), xytext=(5, 5), textcoords="offset points", size=9)
+    ax.set_title(title, size=9)
+    ax.set(xlabel="inference, samples/s (forward pass)", ylabel=label)
+    ax.margins(0.15)
+    ax.grid(color=_GRID, which="both")
+    return _save(figure, path)
+
+
+def plot_differences(values: Mapping[str, np.ndarray], path: Path, *, title: str, target: Target) -> Path:
+    """How many systems differ by how much, |E(x) - E(Rx)|, a line for each name; both axes logarithmic.
+
+    Args:
+        values: absolute differences, by name.
+        path: PNG to write (atomically).
+        title: of the figure.
+        target: what they are differences of.
+    """
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    ax = figure.subplots()
+    for name, found in values.items():
+        shown = np.sort(np.maximum(1e3 * found, 1e-9))
+        ax.step(shown, np.arange(1, len(shown) + 1) / len(shown), where="post", label=name)
+    ax.set_xscale("log")
+    ax.set_title(title, size=9)
+    ax.set(xlabel=f"|{target.name}(x) - {target.name}(Rx)| [m{target.unit}]", ylabel="share of systems below")
+    ax.legend(fontsize=8)
+    ax.grid(color=_GRID, which="both")
+    return _save(figure, path)
+
+
 def plot_learning_curve(log: Path, path: Path, *, dataset: str, targets: Sequence[Target]) -> Path:
     """Training loss, validation errors and learning rate over steps, from the log of a run.
 

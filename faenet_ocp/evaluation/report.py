@@ -6,13 +6,23 @@ The columns are those of the FAENet paper (Duval et al., ICML 2023), Table 9 for
 results on the same data only.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 from faenet_ocp.evaluation.by_atoms import not_learnt
 from faenet_ocp.evaluation.paper import PAPER, TABLE1_ENERGY
 from faenet_ocp.evaluation.results import BASELINES, SPLITS, unseen_in_words
+from faenet_ocp.evaluation.tables import (
+    Row,
+    cell,
+    format_number,
+    main_metrics,
+    markdown_table,
+    ordered_splits,
+    padded,
+    split_columns,
+    time_columns,
+)
 from faenet_ocp.targets import TARGETS, Metric, Target, metrics_of, targets_of
 
 _EWT, _EFWT = TARGETS["energy"].threshold, TARGETS["forces"].threshold
@@ -24,23 +34,6 @@ _LEGEND = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Row:
-    """One line of a table; `average` holds the means over splits, empty without any."""
-
-    label: str
-    splits: Mapping[str, Mapping[str, float | None]]
-    average: Mapping[str, float | None]
-    seconds_per_epoch: float | None = None
-    samples_per_s: float | None = None
-
-    def has(self, metrics: Iterable[Metric]) -> bool:
-        return any(metric.name in values for metric in metrics for values in self.splits.values())
-
-
-_Column = tuple[str, Callable[[_Row], str]]
-
-
 def render_table(results: Mapping[str, Any]) -> str:
     """Markdown of a results document: the main columns, the further metrics, then what the numbers stand for.
 
@@ -50,23 +43,27 @@ def render_table(results: Mapping[str, Any]) -> str:
         results: of `results.build_results`.
     """
     metrics = metrics_of(targets_of(results["units"], results["task"]))
-    main = _main_metrics(results, metrics)
+    main = main_metrics(results, metrics)
     further = [metric for metric in metrics.values() if metric.title and metric not in main]
     rows, has_average = _rows(results), results["average"] is not None
     papers = [_paper_row(results)] if results["official"] else []
     rows = [row for row in rows if row.has(main)]
-    tables = [_table([*rows, *papers], _time_columns() + _split_columns(main, _ordered(results), average=has_average))]
+    tables = [
+        markdown_table(
+            [*rows, *papers], time_columns() + split_columns(main, ordered_splits(results), average=has_average)
+        )
+    ]
     if results["task"] == "s2ef" and has_average:
         papers = [_paper_row(results, energy_average=TABLE1_ENERGY)] if results["official"] else []
-        averages = [(metric.header, _cell("average", metric)) for metric in main]
-        table1 = _table([*rows, *papers], _time_columns() + averages)
+        averages = [(metric.header, cell("average", metric)) for metric in main]
+        table1 = markdown_table([*rows, *papers], time_columns() + averages)
         tables = [
             f"Averages over the splits{' (Table 1)' if papers else ''}:\n\n{table1}",
             f"Per split{' (extended table)' if papers else ''}:\n\n{tables[0]}",
         ]
     if further:
-        columns = _split_columns(further, _ordered(results), average=has_average)
-        table = _table([row for row in rows if row.has(further)], columns)
+        columns = split_columns(further, ordered_splits(results), average=has_average)
+        table = markdown_table([row for row in rows if row.has(further)], columns)
         tables.append(f"Further metrics{' (not in the paper)' if papers else ''}:\n\n{table}")
     tables += [_by_atoms(TARGETS[name], splits) for name, splits in results.get("by_atoms", {}).items()]
     unseen = results.get("unseen_elements", {}).items()
@@ -86,27 +83,14 @@ def _by_atoms(target: Target, splits: Mapping[str, Mapping[str, Any]]) -> str:
     lines = [["Atoms", "number", metric.header, "correlation: x", "y", "z", "spread: x", "y", "z"]]
     for split, groups in splits.items():
         for name, values in groups.items():
-            numbers = [_format(value, ".2f") for value in [*values["correlation"], *values["spread"]]]
+            numbers = [format_number(value, ".2f") for value in [*values["correlation"], *values["spread"]]]
             head = [f"{SPLITS.get(split, split)}, {name}", f"{values['num_atoms']:,}", metric.text(values["mae"])]
             lines.append([*head, *numbers])
-    return f"{target.name.capitalize()} by component (spread: of predictions, over that of labels):\n\n{_padded(lines)}"
+    return f"{target.name.capitalize()} by component (spread: of predictions, over that of labels):\n\n{padded(lines)}"
 
 
-def _main_metrics(results: Mapping[str, Any], metrics: Mapping[str, Metric]) -> list[Metric]:
-    """Those of the paper's table, elsewhere the first of each target."""
-    papers = PAPER[results["task"]].metrics if results["task"] in PAPER else ()
-    if all(name in metrics for name in papers) and papers:
-        return [metrics[name] for name in papers]
-    return [target.metrics[0] for target in targets_of(results["units"], results["task"])]
-
-
-def _ordered(results: Mapping[str, Any]) -> list[str]:
-    """The splits that were evaluated, OC20's first and in their order."""
-    return sorted(results["splits"], key=lambda split: [*SPLITS, split].index(split))
-
-
-def _rows(results: Mapping[str, Any]) -> list[_Row]:
-    run = _Row(
+def _rows(results: Mapping[str, Any]) -> list[Row]:
+    run = Row(
         label=f"{results['run']['model']} (this run)",
         splits=results["splits"],
         average=results["average"] or {},
@@ -114,7 +98,7 @@ def _rows(results: Mapping[str, Any]) -> list[_Row]:
         samples_per_s=results["throughput"]["forward_samples_per_s"],
     )
     baselines = [
-        _Row(
+        Row(
             label=label,
             splits=results["baselines"][name]["splits"],
             average=results["baselines"][name]["average"] or {},
@@ -124,69 +108,19 @@ def _rows(results: Mapping[str, Any]) -> list[_Row]:
     return [run, *baselines]
 
 
-def _paper_row(results: Mapping[str, Any], *, energy_average: float | None = None) -> _Row:
+def _paper_row(results: Mapping[str, Any], *, energy_average: float | None = None) -> Row:
     paper = PAPER[results["task"]]
     metrics, splits = paper.metrics, list(paper.sizes)
     average = {key: values[-1] for key, values in metrics.items() if len(values) > len(splits)}
     if energy_average is not None:
         average["energy_mae"] = energy_average
-    return _Row(
+    return Row(
         label=f"FAENet, the paper's ({paper.data}, RTX8000)",
         splits={split: {key: values[i] for key, values in metrics.items()} for i, split in enumerate(splits)},
         average=average,
         seconds_per_epoch=paper.seconds_per_epoch,
         samples_per_s=paper.forward_samples_per_s,
     )
-
-
-def _cell(split: str, metric: Metric) -> Callable[[_Row], str]:
-    def text(row: _Row) -> str:
-        values = row.average if split == "average" else row.splits.get(split, {})
-        return metric.text(values.get(metric.name))
-
-    return text
-
-
-def _split_columns(metrics: Iterable[Metric], splits: Iterable[str], *, average: bool) -> list[_Column]:
-    """For each metric its splits and their average; the first header of each names the metric."""
-    columns: list[_Column] = []
-    titles = {split: SPLITS.get(split, split) for split in splits} | ({"average": "Average"} if average else {})
-    for metric in metrics:
-        named = [(title, _cell(split, metric)) for split, title in titles.items()]
-        columns += [(f"{metric.header}: {named[0][0]}", named[0][1]), *named[1:]]
-    return columns
-
-
-def _time_columns() -> list[_Column]:
-    return [
-        ("Train", lambda row: _duration(row.seconds_per_epoch)),
-        ("Infer.", lambda row: _format(row.samples_per_s, ".0f")),
-    ]
-
-
-def _format(value: float | None, spec: str) -> str:
-    return "-" if value is None else f"{value:{spec}}"
-
-
-def _duration(seconds: float | None) -> str:
-    if seconds is None:
-        return "-"
-    return f"{seconds:.1f}s" if seconds < 100 else f"{seconds / 60:,.0f}min"
-
-
-def _table(rows: Sequence[_Row], columns: Sequence[_Column]) -> str:
-    lines = [["Model", *(header for header, _ in columns)]]
-    return _padded(lines + [[row.label.replace("|", "\\|"), *(cell(row) for _, cell in columns)] for row in rows])
-
-
-def _padded(lines: Sequence[Sequence[str]]) -> str:
-    """Markdown of a header and rows that also reads well on a terminal."""
-    widths = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    aligned = [
-        [line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in [lines[0], rule, *lines[1:]]
-    ]
-    return "\n".join("| " + " | ".join(line) + " |" for line in aligned)
 
 
 def _notes(results: Mapping[str, Any], metrics: Mapping[str, Metric]) -> str:
@@ -198,10 +132,10 @@ def _notes(results: Mapping[str, Any], metrics: Mapping[str, Metric]) -> str:
     facts = [
         f"Systems: {_counts(results['splits'])}.",
         " ".join(legend),
-        f"This run: {run['config']}, {run['parameters']:,} parameters, epoch {_format(run['epoch'], '.4g')}, step "
-        f"{_format(run['step'], 'd')}, frames {frames}, seed {run['seed']}; {run['device']}; inference end to end "
-        f"{_format(speed['end_to_end_samples_per_s'], '.0f')} samples/s; "
-        f"{_format(training['epochs'], '.4g')} epochs trained.",
+        f"This run: {run['config']}, {run['parameters']:,} parameters, epoch {format_number(run['epoch'], '.4g')}, "
+        f"step {format_number(run['step'], 'd')}, frames {frames}, seed {run['seed']}; {run['device']}; inference end "
+        f"to end {format_number(speed['end_to_end_samples_per_s'], '.0f')} samples/s; "
+        f"{format_number(training['epochs'], '.4g')} epochs trained.",
     ]
     if results["official"]:
         paper = PAPER[results["task"]]

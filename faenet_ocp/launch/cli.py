@@ -5,7 +5,7 @@ import contextlib
 import logging
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from importlib import import_module
 from pathlib import Path
@@ -15,7 +15,7 @@ import yaml
 
 from faenet_ocp.common import log_setup
 from faenet_ocp.common.checks import nearest
-from faenet_ocp.common.files import exclusive, expand_path, write_text
+from faenet_ocp.common.files import exclusive, expand_path, write_json, write_text
 from faenet_ocp.config.messages import without_removed
 from faenet_ocp.config.schema import Config, build_config
 from faenet_ocp.config.yaml import find_config, load_yaml, merge, parse_overrides, parse_value
@@ -30,13 +30,14 @@ _SLURM_FLAGS = ("partition", "account", "qos", "time", "mem_gb", "cpus_per_task"
 
 
 class _Run(NamedTuple):
-    """A checked run that can begin; `values` are those of a sweep, `changes` to a run that goes on."""
+    """A checked run that can begin; `values` and `row` are those of a sweep, `changes` to a run that goes on."""
 
     config: Config
     trainer: "FAENetTrainer"
     folder: Path
     values: dict[str, Any]
     changes: list[str]
+    row: str = ""
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -51,11 +52,19 @@ def make_parser() -> argparse.ArgumentParser:
     add("--config", "--config-yml", metavar="YAML", help="configuration file; needed except with --checkpoint")
     add(
         "--mode",
-        choices=("train", "validate", "predict", "check", "benchmark"),
+        choices=("train", "validate", "predict", "symmetry", "check", "benchmark"),
         default="train",
-        help="check reads all data and lists what cannot be used; benchmark takes the arguments of its own program",
+        help="symmetry compares predictions of systems and moved copies; check reads all data and lists what cannot be "
+        "used; benchmark takes the arguments of its own program",
     )
     add("--checkpoint", metavar="PT", help="weights to validate or predict with, or to begin training with")
+    add(
+        "--symmetry-dim",
+        type=int,
+        choices=(2, 3),
+        help="of --mode symmetry: about z, or any axis (default: frames.dim)",
+    )
+    add("--max-systems", type=int, metavar="N", help="of --mode symmetry: a random subset of this size (default 256)")
     job = parser.add_argument_group("run", "each of these is also a key of the section job:")
     job.add_argument("--run-dir", metavar="DIR", help="folder that holds the runs (default: runs)")
     job.add_argument(
@@ -73,7 +82,11 @@ def make_parser() -> argparse.ArgumentParser:
         choices=("npz", "extxyz"),
         help="of predictions; extxyz: structures with them, beside npz",
     )
-    add("--sweep-yml", metavar="YAML", help="grid of values, dotted keys with lists: one run for each combination")
+    add(
+        "--sweep-yml",
+        metavar="YAML",
+        help="grid of values, or named runs (docs/models.md): all of them, then one table",
+    )
     slurm = parser.add_argument_group("SLURM", "--slurm-... are also keys of the section slurm:")
     add = slurm.add_argument
     add("--submit", action="store_true", help="hand the run to SLURM; a sweep becomes an array of jobs")
@@ -123,20 +136,25 @@ def _benchmark(flags: argparse.Namespace, arguments: Sequence[str]) -> int:
 def _run(flags: argparse.Namespace, overrides: Sequence[str]) -> int:
     if flags.dry_run and not flags.submit:
         raise ValueError("--dry-run: says what --submit would do; give both")
+    for name in ("symmetry_dim", "max_systems"):
+        if getattr(flags, name) is not None and flags.mode != "symmetry":
+            raise ValueError(f"--{name.replace('_', '-')}: is for --mode symmetry")
     if flags.mode == "check" and (flags.submit or flags.sweep_yml):
         raise ValueError("--mode check: reads the data of one configuration, here; no --submit and no --sweep-yml")
-    raw = _merge(flags, overrides)
-    runs = [_prepare(raw, flags)] if flags.sweep_yml is None else _prepare_sweep(raw, flags)
+    given = _given(flags, overrides)
+    runs = [_prepare(_merge(flags, given), flags)] if flags.sweep_yml is None else _prepare_sweep(flags, given)
     if flags.mode == "check":
         return _check_data(runs[0])
     if flags.submit:
         return _submit(runs, flags)
     if flags.sweep_yml is None:
         return _run_here(runs[0], flags.mode)
-    return _run_sweep(runs, flags.mode)
+    return _run_sweep(runs, flags)
 
 
-def _prepare(raw: dict[str, Any], flags: argparse.Namespace, values: dict[str, Any] | None = None) -> _Run:
+def _prepare(
+    raw: dict[str, Any], flags: argparse.Namespace, values: dict[str, Any] | None = None, row: str = ""
+) -> _Run:
     """Validates a configuration and all that it names; nothing is written."""
     config = build_config(raw)  # before what takes seconds to import
     import torch
@@ -156,15 +174,21 @@ def _prepare(raw: dict[str, Any], flags: argparse.Namespace, values: dict[str, A
     trainer = trainer_class(config, mode=flags.mode, checkpoint=flags.checkpoint)
     trainer.check()
     folder = _run_folder(config, flags.mode)
-    return _Run(config, trainer, folder, values or {}, trainer.check_resumption(folder))
+    return _Run(config, trainer, folder, values or {}, trainer.check_resumption(folder), row)
 
 
-def _prepare_sweep(raw: dict[str, Any], flags: argparse.Namespace) -> list[_Run]:
-    name = raw.get("job", {}).get("identifier") or datetime.now().strftime("%Y-%m-%d-%H-%M-%S")
-    runs = []
-    for values, element in sweep.expand(raw, sweep.load_grid(flags.sweep_yml), name):
+def _prepare_sweep(flags: argparse.Namespace, given: dict[str, Any]) -> list[_Run]:
+    """A sweep that names its configuration is called by its file: the same command goes on with it."""
+    read, runs = sweep.load_sweep(flags.sweep_yml), []
+    if flags.config is None and read.config is not None:
+        flags.config = str(read.config)
+    own = all(isinstance(run, Path) for run in read.runs.values()) and bool(read.runs)
+    common = None if own and flags.config is None else _merge(flags, given)
+    named = read.path.stem if read.runs else datetime.now().strftime("%Y-%m-%d-%H-%M-%S")
+    flags.identifier = (common or given).get("job", {}).get("identifier") or named
+    for row, values, element in sweep.expand(read, common, given, flags.identifier):
         try:
-            runs.append(_prepare(element, flags, values))
+            runs.append(_prepare(element, flags, values, row))
         except ValueError as error:
             raise ValueError(f"{element['job']['identifier']}, {values}: {error}") from error
     return runs
@@ -188,21 +212,45 @@ def _run_here(run: _Run, mode: str) -> int:
     return _show(run.folder, mode)
 
 
-def _run_sweep(runs: Sequence[_Run], mode: str) -> int:
-    """One run after another; one that fails does not keep the others from running."""
+def _run_sweep(runs: Sequence[_Run], flags: argparse.Namespace) -> int:
+    """One run after another; one that fails does not keep the others from running. Then one table of all."""
     failed = []
     for run in runs:
         logging.info("%s: %s", run.folder.name, run.values)
         try:
-            _run_here(run, mode)
+            _run_here(run, flags.mode)
         except Exception:
             if len(runs) == 1:
                 raise
             logging.exception("%s failed", run.folder.name)
             failed.append(run.folder.name)
+    if flags.mode in ("train", "validate"):
+        _compare([run for run in runs if run.folder.name not in failed], flags.identifier)
     if failed:
         sys.stderr.write(f"error: {len(failed)} of {len(runs)} runs failed: {', '.join(failed)}\n")
     return 1 if failed else 0
+
+
+def _compare(runs: Sequence[_Run], identifier: str) -> None:
+    """Writes the table of a sweep's results and its plot, and prints the table."""
+    from faenet_ocp.evaluation.comparison import plot_comparison, render_comparison
+    from faenet_ocp.evaluation.results import read_results
+
+    by_row: dict[str, list[dict[str, Any]]] = {}
+    varied = [
+        key for key in (runs[0].values if runs else ()) if any(run.values[key] != runs[0].values[key] for run in runs)
+    ]
+    for run in runs:  # those that differ in their seed alone are one row
+        row = " ".join([run.row, *(f"{key}={run.values[key]}" for key in varied if key != "job.seed")])
+        by_row.setdefault(row, []).append(read_results(run.folder / "results" / "metrics.json"))
+    if not by_row:
+        return
+    folder = runs[0].folder.with_name(f"{identifier}_sweep")
+    table = render_comparison(by_row)
+    write_json(folder / "results.json", by_row)
+    write_text(folder / "table.md", table)
+    plot_comparison(by_row, folder / "trade_off.png")
+    sys.stdout.write(f"\n{table}\nresults: {folder}\n")
 
 
 def _submit(runs: Sequence[_Run], flags: argparse.Namespace) -> int:
@@ -210,7 +258,7 @@ def _submit(runs: Sequence[_Run], flags: argparse.Namespace) -> int:
     from faenet_ocp.launch.slurm import submit as slurm
 
     is_sweep, first = flags.sweep_yml is not None, runs[0]
-    folder = first.folder.with_name(first.folder.name.removesuffix("run0") + "sweep") if is_sweep else first.folder
+    folder = first.folder.with_name(f"{flags.identifier}_sweep") if is_sweep else first.folder
     for run in runs:
         slurm.check_same_request(first.config, run.config)
         if active := slurm.active_jobs(run.folder):
@@ -233,8 +281,8 @@ def _submit(runs: Sequence[_Run], flags: argparse.Namespace) -> int:
     return 0
 
 
-def _merge(flags: argparse.Namespace, overrides: Sequence[str]) -> dict[str, Any]:
-    """File (or the checkpoint's configuration), overrides and flags, the later ones winning."""
+def _merge(flags: argparse.Namespace, given: Mapping[str, Any]) -> dict[str, Any]:
+    """File (or the checkpoint's configuration) and what the command line gives, which wins."""
     if flags.config is not None:
         raw = load_yaml(find_config(flags.config))
     elif flags.checkpoint is not None and flags.mode != "train":
@@ -247,19 +295,28 @@ def _merge(flags: argparse.Namespace, overrides: Sequence[str]) -> dict[str, Any
         raise ValueError("--config: missing; e.g. --config configs/is2re/faenet.yml (--help lists the flags)")
     if flags.checkpoint is not None:
         flags.checkpoint = str(Path(expand_path(flags.checkpoint)).resolve())
+    return merge(raw, given)
+
+
+def _given(flags: argparse.Namespace, overrides: Sequence[str]) -> dict[str, Any]:
+    """Overrides and flags as keys of the configuration, flags winning."""
     job = {name: getattr(flags, name) for name in _JOB_FLAGS if getattr(flags, name) is not None}
     given = {name: getattr(flags, f"slurm_{name}") for name in _SLURM_FLAGS}
     slurm: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     for option in flags.slurm_extra or ():
         name, equals, value = option.removeprefix("--").partition("=")
         slurm.setdefault("additional_parameters", {})[name] = parse_value(value) if equals else True
-    return merge(merge(raw, parse_overrides(overrides)), {"job": job, "slurm": slurm})
+    symmetry = {"dim": flags.symmetry_dim, "max_systems": flags.max_systems}
+    symmetry = {name: value for name, value in symmetry.items() if value is not None}
+    above = {"job": job, "slurm": slurm} | ({"evaluation_metrics": {"symmetry": symmetry}} if symmetry else {})
+    return merge(parse_overrides(overrides), above)
 
 
 def _run_folder(config: Any, mode: str) -> Path:
     name = config.job.identifier or datetime.now().strftime(f"%Y-%m-%d-%H-%M-%S-{mode}")
     folder = (Path(config.job.run_dir) / name).resolve()
-    if mode == "validate" and (folder / "results" / "metrics.json").exists():
+    written = {"validate": "metrics.json", "symmetry": "symmetry.json"}.get(mode)
+    if written is not None and (folder / "results" / written).exists():
         raise ValueError(f"{folder} has results already; choose another --identifier")
     return folder
 
@@ -294,7 +351,7 @@ def _write_config(path: Path, content: dict[str, Any], comments: Sequence[str] =
 
 def _show(folder: Path, mode: str) -> int:
     """Prints the table and, as the last line, where everything lies."""
-    table = folder / "results" / "table.md"
+    table = folder / "results" / ("symmetry.md" if mode == "symmetry" else "table.md")
     if mode != "predict" and table.is_file():
         sys.stdout.write(f"\n{table.read_text(encoding='utf-8')}\n")
     sys.stdout.write(f"results: {folder}\n")

@@ -1,4 +1,4 @@
-"""The runner that fairchem starts on every rank: train, validate or predict.
+"""The runner that fairchem starts on every rank: train, validate, predict, or compare with moved copies.
 
 A run lives in one folder: `config.yml` (resolved), `checkpoints/`, `logs/`, `results/`, `statistics.json`.
 """
@@ -30,8 +30,8 @@ class OCPRunner(Runner):
 
     Args:
         config_path: resolved configuration in the run's folder.
-        mode: train, validate or predict.
-        checkpoint: weights for validate and predict.
+        mode: train, validate, predict or symmetry.
+        checkpoint: weights for all but train.
     """
 
     def __init__(self, config_path: str, mode: str, checkpoint: str | None = None):
@@ -87,10 +87,8 @@ class OCPRunner(Runner):
             self._training.run()
             return
         path = str(self.checkpoint)
-        if self.mode == "predict":
-            evaluator.predict(load_checkpoint(path), path)
-        else:
-            evaluator.validate(load_checkpoint(path), path)
+        work = {"predict": evaluator.predict, "validate": evaluator.validate, "symmetry": evaluator.symmetry}
+        work[self.mode](load_checkpoint(path), path)
 
 
 def _leave_cores_to_the_loader(config: Config) -> None:

@@ -33,13 +33,13 @@ class NodeFeatures(NamedTuple):
 
 
 def option(default: Any, check: Callable[[str, Any], Any]) -> Any:
-    """A field of `Options`; `check(name, value)` returns the value in its one form, or raises ValueError."""
+    """A checked field of `Options`; `check(name, value)` returns the value in its one form, or raises ValueError."""
     return field(default=default, metadata={"check": check})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Base of frozen options, every one of them checked when they are made.
+    """Base of frozen options, checked when they are made where they are an `option`.
 
     Raises:
         ValueError: an option has a value that it cannot have; names option, value and what it may be.
@@ -47,7 +47,8 @@ class Options:
 
     def __post_init__(self) -> None:
         for entry in fields(self):
-            self._set(entry.name, entry.metadata["check"](entry.name, getattr(self, entry.name)))
+            if check := entry.metadata.get("check"):
+                self._set(entry.name, check(entry.name, getattr(self, entry.name)))
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)

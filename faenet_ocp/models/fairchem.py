@@ -17,6 +17,8 @@ from faenet_ocp.models.heads import EnergyHead, ForceHead
 from faenet_ocp.models.peers.comenet import ComENet
 from faenet_ocp.models.peers.dimenetpp import DimeNetPlusPlus
 from faenet_ocp.models.peers.egnn import EGNN
+from faenet_ocp.models.peers.forcenet import ForceNet
+from faenet_ocp.models.peers.gns import GNS
 from faenet_ocp.models.peers.painn import PaiNN
 from faenet_ocp.models.peers.schnet import SchNet
 from faenet_ocp.models.peers.spherenet import SphereNet
@@ -84,6 +86,8 @@ SchNetBackbone = _register("schnet", SchNet)
 DimeNetPlusPlusBackbone = _register("dimenetpp", DimeNetPlusPlus)
 PaiNNBackbone = _register("painn", PaiNN)
 EGNNBackbone = _register("egnn", EGNN)
+ForceNetBackbone = _register("forcenet", ForceNet)
+GNSBackbone = _register("gns", GNS)
 ComENetBackbone = _register("comenet", ComENet)
 SphereNetBackbone = _register("spherenet", SphereNet)
 

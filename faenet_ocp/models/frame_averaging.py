@@ -31,7 +31,7 @@ class FrameAveragedModel(HydraModel):
         backbone: fairchem's mapping, `{model: <registered name or dotted path>, **arguments}`.
         heads: fairchem's mapping of head name to `{module: <name>, **arguments}`.
         frames: `{method, dim, group, tolerance}` for batches that carry no frames (`frame_rot`, `frame_weight`).
-        cutoff, max_neighbors: graph that is built for batches without edges.
+        cutoff, max_neighbors: graph that is built for batches without edges; no cutoff: none is.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class FrameAveragedModel(HydraModel):
         backbone: dict[str, Any],
         heads: dict[str, Any],
         frames: Mapping[str, Any] | None = None,
-        cutoff: float = 6.0,
+        cutoff: float | None = 6.0,
         max_neighbors: int | None = 40,
         pass_through_head_outputs: bool = False,
     ):
@@ -59,8 +59,8 @@ class FrameAveragedModel(HydraModel):
         Raises:
             ValueError: an output that cannot be averaged over frames, or a field that `data.fields` does not know.
         """
-        needs_edges = "edges" in getattr(self.backbone, "needs", Backbone.needs)
-        if needs_edges and data.edge_index.shape[1] == 0 and len(data.natoms):
+        reads_edges = "edges" in getattr(self.backbone, "needs", Backbone.needs)
+        if reads_edges and self.cutoff is not None and data.edge_index.shape[1] == 0 and len(data.natoms):
             data = with_graph(data, self.cutoff, self.max_neighbors)
         frames = self.frames_for(data, through_frames=through_frames)
         if frames is None:

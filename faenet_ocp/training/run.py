@@ -29,6 +29,7 @@ from faenet_ocp.checkpoint import (
 from faenet_ocp.common.files import remove_leftovers, write_json
 from faenet_ocp.config.messages import without_removed
 from faenet_ocp.config.schema import Config, SourceConfig, build_config
+from faenet_ocp.data.check import sample_of
 from faenet_ocp.data.loader import TrainBatchSampler, make_loader
 from faenet_ocp.evaluation.evaluator import Evaluator
 from faenet_ocp.evaluation.log_names import metric_of
@@ -46,8 +47,11 @@ from faenet_ocp.tasks.tasks import load_tasks_state, make_tasks, needs_fit, task
 from faenet_ocp.training.hooks import Hooks
 from faenet_ocp.training.loggers import MetricLogger
 from faenet_ocp.training.optim import Plateau
-from faenet_ocp.training.start import announce_shifts, check_statistics, fingerprints
+from faenet_ocp.training.start import announce_shifts, check_statistics, fingerprints, freeze_unused
 from faenet_ocp.training.unit import OCPTrainUnit
+
+_LOOKED_AT = 2
+"""Systems that show which parameters are used."""
 
 
 class TrainingRun:
@@ -82,7 +86,7 @@ class TrainingRun:
         self.fits = self._statistics(source)
         self.tasks = make_tasks(self.config, self.fits)
         loader = self._make_loader(source)
-        self.unit = self._make_unit(steps_per_epoch=len(loader))
+        self.unit = self._make_unit(loader)
         self._resume(source)
         if distutils.is_master():
             self.logger = self.unit.metric_logger = self._make_logger()
@@ -135,15 +139,16 @@ class TrainingRun:
             distutils.synchronize()
         return sizes
 
-    def _make_unit(self, *, steps_per_epoch: int) -> OCPTrainUnit:
-        config = self.config
+    def _make_unit(self, loader: DataLoader) -> OCPTrainUnit:
+        config, model = self.config, build.make_model(self.config)
+        freeze_unused(model, self.tasks, sample_of(loader.dataset.dataset, _LOOKED_AT))  # type: ignore[attr-defined]
         return OCPTrainUnit(
             job_config=self.job_config,
-            model=build.make_model(config),
+            model=model,
             tasks=self.tasks,
             optim=config.optim,
             gradient_loss=SummedLoss(config.losses["gradient"]) if "gradient" in config.losses else None,
-            steps_per_epoch=steps_per_epoch,
+            steps_per_epoch=len(loader),
             amp=config.job.amp,
             print_every=config.job.print_every,
             failures=self.folder / "failures",

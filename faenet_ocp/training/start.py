@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
+from fairchem.core.datasets.atomic_data import AtomicData
+from torch import Tensor, nn
 
 from faenet_ocp import build
 from faenet_ocp.checkpoint import load_newest
@@ -15,9 +17,14 @@ from faenet_ocp.config.changes import OTHERWISE, changes, check_changes
 from faenet_ocp.config.messages import without_removed
 from faenet_ocp.config.schema import Config, SourceConfig, build_config
 from faenet_ocp.data.check import sample_of
-from faenet_ocp.tasks.losses import normalised_label
+from faenet_ocp.tasks.losses import normalised_label, task_loss
 from faenet_ocp.tasks.references import CompositionFit, fits_from_dict
-from faenet_ocp.tasks.tasks import TargetTask, load_tasks_state
+from faenet_ocp.tasks.tasks import (
+    TargetTask,
+    energy_gradient_forces,
+    has_no_forces_of_its_own,
+    load_tasks_state,
+)
 from faenet_ocp.training.optim import total_steps
 
 _SYSTEMS = 256
@@ -111,6 +118,30 @@ def check_statistics(fits: Mapping[str, CompositionFit], state: Mapping[str, Any
                 f"dataset.train: other labels than those that the run began with (mean {name}: {before.mean:.9g}, now "
                 f"{mean:.9g}); {OTHERWISE}"
             )
+
+
+def freeze_unused(model: nn.Module, tasks: Sequence[TargetTask], batch: AtomicData) -> None:
+    """Parameters on which no loss depends are no longer to be trained: several ranks would wait for their gradients.
+
+    Networks of others have such, and those whose last layers serve a head that is not there.
+    """
+    was_training = model.training
+    model.eval()
+    conservative = has_no_forces_of_its_own(model, tasks)
+    batch.pos.requires_grad_(conservative)
+    outputs = model(batch)
+    if conservative:
+        forces = energy_gradient_forces(tasks, outputs, batch.pos, differentiable=True)
+        outputs = {**outputs, "forces": {"forces": forces}}
+    loss = torch.stack([task_loss(task, outputs, batch) for task in tasks if task.loss_fn is not None]).sum()
+    named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    unused = [name for name, gradient in zip(named, found, strict=True) if gradient is None]
+    for name in unused:
+        named[name].requires_grad_(False)
+    if unused:
+        logging.info("%d parameters have no part in what is predicted and are not trained: %s", len(unused), unused)
+    model.train(was_training)
 
 
 def announce_shifts(

@@ -35,7 +35,7 @@ class FAENetTrainer:
 
     Args:
         config: validated configuration.
-        mode: train, validate, predict or check.
+        mode: train, validate, predict, symmetry or check.
         checkpoint: weights to validate or predict with, or to begin training with.
     """
 
@@ -50,7 +50,7 @@ class FAENetTrainer:
         Raises:
             ValueError: what is wrong, with its key.
         """
-        if self.checkpoint is None and self.mode in ("validate", "predict"):
+        if self.checkpoint is None and self.mode in ("validate", "predict", "symmetry"):
             raise ValueError(f"--checkpoint: --mode {self.mode} needs the weights to use")
         state = None if self.checkpoint is None else load_checkpoint(self.checkpoint)
         if self.mode == "train":

@@ -91,7 +91,7 @@ def test_published_weights_give_equal_outputs(task: str) -> None:
     if not all(importlib.util.find_spec(name) for name in ("faenet", "pandas")):
         pytest.skip("extra `reference` is not installed")
     batch = make_batch(make_systems([30, 60], remove_subsurface=True, **GRAPH), CPU)
-    theirs, ours = models.published(task, small=True), models.faenet(task, small=True, graph_norm="batch")
+    theirs, ours = models.published(task, small=True), models.shipped(task, small=True, graph_norm="batch")
     for contender in (theirs, ours):
         contender.module.eval()
     expected, before = theirs(batch), ours(batch)
@@ -106,7 +106,7 @@ def test_forces_of_schnet_are_those_of_its_energy() -> None:
     batch = make_batch(make_systems([8], remove_subsurface=False, **GRAPH), CPU)
     for name in ("pos", "cell", "cell_offsets"):
         setattr(batch, name, getattr(batch, name).double())
-    model = models.schnet("s2ef")
+    model = models.shipped("s2ef", "schnet", small=True)
     model.module.double()
     forces = model(batch)["forces"]
     energies = []
@@ -119,7 +119,7 @@ def test_forces_of_schnet_are_those_of_its_energy() -> None:
 def test_forces_of_the_gradient_sum_to_zero_and_leave_the_batch_as_it_is() -> None:
     batch = make_batch(make_systems([12, 20], remove_subsurface=False, **GRAPH), CPU)
     frames = {"method": "canonical", "dim": 2, "group": "SE"}
-    predicted, gradient = (models.faenet("s2ef", small=True, frames=frames, conservative=on) for on in (False, True))
+    predicted, gradient = (models.shipped("s2ef", small=True, frames=frames, conservative=on) for on in (False, True))
     sums = [contender(batch)["forces"].detach().sum(dim=0).norm() for contender in (predicted, gradient)]
     assert sums[1] < 1e-4 * gradient(batch)["forces"].abs().sum() < sums[0]
     assert not batch.pos.requires_grad
@@ -164,7 +164,8 @@ def test_peers_run(tmp_path: Path) -> None:
     names = {
         row["model"] for group in _groups(tmp_path / "out.json", "peers", "--batch-size", "1") for row in group["rows"]
     }
-    assert names == {"SchNet (PyG)", "SchNet (PyG), bf16", "FAENet", "FAENet, bf16", "eSCN-MD, small (fairchem)"}
+    shown = {{"faenet": "FAENet"}.get(model, model) for model in models.PEERS}
+    assert names == shown | {f"{name}, bf16" for name in shown}
 
 
 def test_a_package_that_is_missing_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

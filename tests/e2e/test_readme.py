@@ -1,5 +1,6 @@
 """The README is executed: its commands in their order on small data, its Python, and its table of keys."""
 
+import json
 import re
 import runpy
 import shlex
@@ -12,12 +13,10 @@ from typing import Any, get_args
 import ase.io
 import pytest
 import torch
-import yaml
 from pydantic import BaseModel
 
 from e2e.test_own_structures import structures
-from faenet_ocp.config.schema import Config, build_config
-from faenet_ocp.config.yaml import load_yaml, merge
+from faenet_ocp.config.schema import Config
 from faenet_ocp.launch.cli import main
 from faenet_ocp.prepare import download
 from s2ef_raw import write_raw
@@ -100,10 +99,19 @@ def test_links_and_make_targets_exist() -> None:
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE)
 
 
-def test_the_yaml_example_is_valid() -> None:
-    (example,) = [yaml.safe_load(block) for kind, block in BLOCKS if kind == "yaml"]
-    raw = load_yaml(ROOT / "configs/s2ef/faenet.yml")
-    assert build_config(merge({**raw, "model": {}}, example)).model["channels"] == 64
+def test_the_model_example_trains(small_s2ef: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (code,) = [block for kind, block in BLOCKS if kind == "python" and "register_network" in block]
+    (example,) = [block for kind, block in BLOCKS if kind == "yaml"]
+    assert code.count("\n") <= 30
+    (tmp_path / "my_model.py").write_text(code)
+    (tmp_path / "mine.yml").write_text(f"includes: [{ROOT / 'configs/s2ef/base.yml'}]\n{example}")
+    monkeypatch.syspath_prepend(tmp_path)
+    options = [option for option in SMALL if not option.startswith("--model.")] + ["--optim.lr_initial=0.001"]
+    command = ["--config", str(tmp_path / "mine.yml"), f"--dataset.root={small_s2ef}", *options]
+    assert main([*command, "--run-dir", str(tmp_path), "--identifier", "mine", "--optim.max_epochs=1"]) == 0
+    results = json.loads((tmp_path / "mine/results/metrics.json").read_text())
+    assert results["run"]["parameters"] == 119 * 64 + 4 * 64 + 2 * 65 * 64 + 65 + 65 * 3
+    assert results["run"]["frames"]["method"] == "canonical"
 
 
 def _keys(section: type[BaseModel]) -> Iterator[str]:
