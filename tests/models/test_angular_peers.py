@@ -262,7 +262,7 @@ def test_forces_are_the_slope_of_the_energy(suite: type[ModelSuite]) -> None:
         for sign in (1, -1):
             moved = sample.clone()
             moved.pos[atom, axis] += sign * step
-            energies.append(float(outputs_of(model, to_batch([moved]))[0]))
+            energies.append(outputs_of(model, to_batch([moved]))[0].item())
         assert float(forces[atom, axis]) == pytest.approx(-(energies[0] - energies[1]) / (2 * step), rel=1e-4, abs=1e-6)
 
 
