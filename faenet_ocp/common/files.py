@@ -9,6 +9,7 @@ import math
 import os
 import platform
 import secrets
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -141,6 +142,23 @@ def exclusive(lock: Path, folder: Path, *, patience: float = 0.0) -> Iterator[No
             yield
         finally:
             _locks.discard(file)
+
+
+@contextlib.contextmanager
+def made_whole(root: Path) -> Iterator[Path]:
+    """Gives a folder to write into, which gets the name `root` when all is done; leftovers of a killed call go.
+
+    Raises:
+        ValueError: another process is making it.
+    """
+    root.parent.mkdir(parents=True, exist_ok=True)
+    lock, unfinished = root.with_name(f".{root.name}.lock"), root.with_name(f".{root.name}.unfinished")
+    with exclusive(lock, root):
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir()
+        yield unfinished
+        unfinished.rename(root)
+        lock.unlink()
 
 
 def _try_to_lock(file: IO[str], folder: Path) -> bool:

@@ -13,7 +13,6 @@ import csv
 import hashlib
 import json
 import logging
-import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -25,7 +24,7 @@ import torch
 from torch_geometric.data import Data
 from tqdm import tqdm
 
-from faenet_ocp.common.files import write_json
+from faenet_ocp.common.files import made_whole, write_json
 from faenet_ocp.common.pool import ordered_map
 from faenet_ocp.prepare.demo import systems
 from faenet_ocp.prepare.demo.systems import ADSORBATES, COMPOSITIONS, METALS, Array, SlabSpec, System
@@ -103,15 +102,18 @@ def make_demo_data(root: str | Path, settings: DemoSettings, *, num_workers: int
         return known
     if root.exists() and any(root.iterdir()):
         raise FileExistsError(f"{root} holds other files: choose another folder")
-    unfinished = root.with_name(f".{root.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)  # what an interrupted call has left
+    with made_whole(root) as folder:
+        return _write(folder, settings, made_from, num_workers)
+
+
+def _write(folder: Path, settings: DemoSettings, made_from: dict[str, Any], num_workers: int) -> dict[str, Any]:
     tasks = list(_tasks(settings))
     logger.info("relaxing adsorbates on %d slabs", len(tasks))
     results = ordered_map(_make_records, tasks, num_workers)
     # disable=None: a bar on terminals only.
     progress = iter(tqdm(results, total=len(tasks), unit="slab", desc="demo data", disable=None))
-    rows = {split: _write_split(unfinished, split, [t[0] for t in tasks].count(split), progress) for split in SPLITS}
-    with (unfinished / "systems.csv").open("w", newline="") as file:
+    rows = {split: _write_split(folder, split, [t[0] for t in tasks].count(split), progress) for split in SPLITS}
+    with (folder / "systems.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows["train"][0]), lineterminator="\n")
         writer.writeheader()
         for split in SPLITS:
@@ -121,8 +123,7 @@ def make_demo_data(root: str | Path, settings: DemoSettings, *, num_workers: int
         for split, found in rows.items()
     }
     summary = {"note": _NOTE, "settings": made_from, "splits": sizes}
-    write_json(unfinished / SUMMARY_NAME, summary)
-    unfinished.rename(root)
+    write_json(folder / SUMMARY_NAME, summary)
     return summary
 
 

@@ -7,7 +7,7 @@ two molecules with one formula and energy, one is kept.
 """
 
 import logging
-import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 from tqdm import tqdm
 
+from faenet_ocp.common.files import made_whole
 from faenet_ocp.common.pool import ordered_map
 from faenet_ocp.prepare.qm7x import ELEMENTS, FILES, UNKNOWN
 
@@ -80,32 +81,34 @@ def make_molecules(root: str | Path, settings: MoleculeSettings, *, num_workers:
     root = Path(root).resolve()
     if root.exists():
         raise ValueError(f"{root} exists: choose another folder")
-    unfinished = root.with_name(f".{root.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)  # what an interrupted call has left
-    unfinished.mkdir(parents=True)
+    with made_whole(root) as folder:
+        files = {name: h5py.File(folder / name, "w") for name in FILES}
+        try:
+            return _write(files, settings, num_workers)
+        finally:
+            for file in files.values():
+                file.close()
+
+
+def _write(files: Mapping[str, Any], settings: MoleculeSettings, num_workers: int) -> dict[str, int]:
+    """Molecules as groups of the files; counts of them and of their structures."""
     tasks = [(number, settings) for number in range(settings.num_molecules)]
     known: set[tuple[str, int]] = set()
     counts = {"molecules": 0, "structures": 0}
-    files = {name: h5py.File(unfinished / name, "w") for name in FILES}
-    try:
-        for file in files.values():
-            file.attrs.update({"note": "generated, labels of GFN2-xTB; not QM7-X", **asdict(settings)})
-        results = ordered_map(_make_structures, tasks, num_workers)
-        for idmol, result in zip(_idmols(len(tasks)), tqdm(results, total=len(tasks), unit="molecule"), strict=True):
-            numbers, frames = result
-            if not frames or _is_known(numbers, frames[0][1], known):
-                continue
-            group = files[f"{-(-idmol // 1000) * 1000}.hdf5"].create_group(str(idmol))
-            for number, labels in enumerate(frames):
-                conformation = group.create_group(f"Geom-m{idmol}-i1-c1-{f'd{number}' if number else 'opt'}")
-                for name, value in zip(("atNUM", "atXYZ", "ePBE0+MBD", "totFOR"), (numbers, *labels), strict=True):
-                    conformation[name] = value
-            counts["molecules"] += 1
-            counts["structures"] += len(frames)
-    finally:
-        for file in files.values():
-            file.close()
-    unfinished.rename(root)
+    for file in files.values():
+        file.attrs.update({"note": "generated, labels of GFN2-xTB; not QM7-X", **asdict(settings)})
+    results = ordered_map(_make_structures, tasks, num_workers)
+    for idmol, result in zip(_idmols(len(tasks)), tqdm(results, total=len(tasks), unit="molecule"), strict=True):
+        numbers, frames = result
+        if not frames or _is_known(numbers, frames[0][1], known):
+            continue
+        group = files[f"{-(-idmol // 1000) * 1000}.hdf5"].create_group(str(idmol))
+        for number, labels in enumerate(frames):
+            conformation = group.create_group(f"Geom-m{idmol}-i1-c1-{f'd{number}' if number else 'opt'}")
+            for name, value in zip(("atNUM", "atXYZ", "ePBE0+MBD", "totFOR"), (numbers, *labels), strict=True):
+                conformation[name] = value
+        counts["molecules"] += 1
+        counts["structures"] += len(frames)
     return counts
 
 
