@@ -256,7 +256,7 @@ def test_one_neighbour_and_straight_lines_have_finite_derivatives(suite: type[Mo
 @pytest.mark.parametrize("suite", BOTH)
 def test_forces_are_the_slope_of_the_energy(suite: type[ModelSuite]) -> None:
     model, sample, step = suite().model(), cluster(), 1e-5
-    forces = outputs_of(model, to_batch([sample]))[1]
+    forces = outputs_of(model, to_batch([sample]))[1].detach()
     for atom, axis in ((0, 0), (2, 1), (4, 2)):
         energies = []
         for sign in (1, -1):
