@@ -44,7 +44,7 @@ def test_congruence_of_moved_clouds(seed: int) -> None:
 def test_exact_frames_tell_apart_what_differs_and_nothing_else() -> None:
     """Also on moved copies; mirror images only with frames that are no mirrors."""
     trained = {
-        (name, row): train(PAIRS[name], ROWS[f"FAENet, canonical, {row}(3)"], 0, epochs=30)
+        (name, row): train(PAIRS[name], ROWS[f"FAENet, canonical, {row}(3)"], 0, epochs=60)
         for name in ("body order: 3-body", "body order: 4-body", "scalene triangle: mirror images")
         for row in ("E", "SE")
     }

@@ -2,8 +2,8 @@
 
 Every atom i has a frame: e3 points to its nearest neighbour f_i, its second one s_i lies at phi = 0. An edge has
 
-    d_ij, theta_ij, phi_ij     spherical coordinates of j in the frame of i: complete around an atom (section 3.1)
-    tau_ij                     dihedral angle f_i, i, j, f_j: how the frame of j is turned around the edge (section 3.2)
+    d_ij, theta_ij, phi_ij     spherical coordinates of j in the frame of i: complete around an atom
+    tau_ij                     dihedral angle f_i, i, j, f_j: how the frame of j is turned around the edge
 
     torsion embedding  j_l(z_ln d / c) Y_l^m(theta, phi),     angle embedding  j_l(z_ln d / c) Y_l^0(tau)
 
@@ -154,7 +154,7 @@ def edge_geometry(atomic_numbers: Tensor, edge_index: Tensor, edge_vec: Tensor) 
     """The angles of every edge, as components and as a cosine.
 
     An atom with one neighbour, or all on a line, has no s_i: phi is averaged over. An axis ij on whose line f_i lies,
-    as where j is f_i, takes s_i for it (section 3.2); with none to take, tau is a right angle.
+    as where j is f_i, takes s_i for it; with none to take, tau is a right angle.
 
     Returns:
         sin theta cos phi, sin theta sin phi, cos theta, (E, 3); cos tau, (E,).
