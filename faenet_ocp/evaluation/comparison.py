@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from faenet_ocp.evaluation.paper import OTHERS, PAPER
+from faenet_ocp.evaluation.paper import OTHERS, PAPER, TABLE6
 from faenet_ocp.evaluation.plots import plot_trade_off
 from faenet_ocp.evaluation.results import BASELINES
 from faenet_ocp.evaluation.tables import (
@@ -18,6 +18,7 @@ from faenet_ocp.evaluation.tables import (
     main_metrics,
     markdown_table,
     ordered_splits,
+    padded,
     split_columns,
     time_columns,
 )
@@ -27,8 +28,12 @@ Runs = Mapping[str, Sequence[Mapping[str, Any]]]
 """Results documents (`results.build_results`) by the name of the row."""
 
 
-def render_comparison(runs: Runs) -> str:
+def render_comparison(runs: Runs, *, ablations: bool = False) -> str:
     """Markdown: a row for each name, the baselines, then what the numbers stand for; the paper's rows apart.
+
+    Args:
+        runs: what is compared.
+        ablations: the paper's rows are those of Table 6, in place of other models'.
 
     Raises:
         ValueError: the runs are of different tasks, data or splits.
@@ -45,7 +50,12 @@ def render_comparison(runs: Runs) -> str:
     ]
     shown = [row for row in baselines if row.has(metrics)]
     parts = [f"Data: {first['dataset']}", markdown_table([*rows, *shown], columns), _notes(runs)]
-    if papers := _paper_rows(first["task"]):
+    if ablations:
+        lines = [["Model", "Infer.", "Energy MAE [meV]"]]
+        lines += [[f"{name}, the paper's", f"{speed}", f"{error}"] for name, (speed, error) in TABLE6.items()]
+        parts.append("The paper's Table 6 (OC20 IS2RE, average over its splits, GPU), as published:")
+        parts.append(padded(lines))
+    elif papers := _paper_rows(first["task"]):
         columns = [*time_columns(), *split_columns(metrics, list(PAPER[first["task"]].sizes), average=True)]
         paper = PAPER[first["task"]]
         parts.append(

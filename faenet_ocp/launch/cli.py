@@ -185,6 +185,7 @@ def _prepare_sweep(flags: argparse.Namespace, given: dict[str, Any]) -> list[_Ru
     own = all(isinstance(run, Path) for run in read.runs.values()) and bool(read.runs)
     common = None if own and flags.config is None else _merge(flags, given)
     named = read.path.stem if read.runs else datetime.now().strftime("%Y-%m-%d-%H-%M-%S")
+    flags.paper = read.paper
     flags.identifier = (common or given).get("job", {}).get("identifier") or named
     for row, values, element in sweep.expand(read, common, given, flags.identifier):
         try:
@@ -225,13 +226,13 @@ def _run_sweep(runs: Sequence[_Run], flags: argparse.Namespace) -> int:
             logging.exception("%s failed", run.folder.name)
             failed.append(run.folder.name)
     if flags.mode in ("train", "validate"):
-        _compare([run for run in runs if run.folder.name not in failed], flags.identifier)
+        _compare([run for run in runs if run.folder.name not in failed], flags.identifier, flags.paper)
     if failed:
         sys.stderr.write(f"error: {len(failed)} of {len(runs)} runs failed: {', '.join(failed)}\n")
     return 1 if failed else 0
 
 
-def _compare(runs: Sequence[_Run], identifier: str) -> None:
+def _compare(runs: Sequence[_Run], identifier: str, paper: str | None) -> None:
     """Writes the table of a sweep's results and its plot, and prints the table."""
     from faenet_ocp.evaluation.comparison import plot_comparison, render_comparison
     from faenet_ocp.evaluation.results import read_results
@@ -246,7 +247,7 @@ def _compare(runs: Sequence[_Run], identifier: str) -> None:
     if not by_row:
         return
     folder = runs[0].folder.with_name(f"{identifier}_sweep")
-    table = render_comparison(by_row)
+    table = render_comparison(by_row, ablations=paper is not None)
     write_json(folder / "results.json", by_row)
     write_text(folder / "table.md", table)
     plot_comparison(by_row, folder / "trade_off.png")

@@ -16,6 +16,8 @@ through for each:
       schnet: {model: {name: schnet, hidden_channels: 128}}   # another model's options take the place of all others
       painn: ../is2re/painn.yml
     job.seed: [0, 1, 2]
+
+`paper: Table 6` has the table end with the rows of that table of the paper; without it they are those of the task.
 """
 
 import itertools
@@ -28,6 +30,7 @@ from faenet_ocp.config.changes import flat
 from faenet_ocp.config.yaml import find_config, load_yaml, merge
 
 Grid = dict[str, list[Any]]
+TABLE6 = "Table 6"
 _OWN_FOLDER = ("job", "job.identifier", "job.run_dir")
 
 
@@ -39,12 +42,14 @@ class Sweep(NamedTuple):
         config: the configuration that all share, if the file names one.
         runs: by name: the path of another configuration, or changes to the common one; empty: the grid alone.
         grid: dotted keys with their values.
+        paper: which table of the paper results are shown beside; None: the task's.
     """
 
     path: Path
     config: Path | None
     runs: dict[str, Path | dict[str, Any]]
     grid: Grid
+    paper: str | None = None
 
 
 class Element(NamedTuple):
@@ -63,7 +68,9 @@ def load_sweep(path: str | Path) -> Sweep:
     """
     path = find_config(path, flag="--sweep-yml")
     content = load_yaml(path)
-    config, runs = content.pop("config", None), content.pop("runs", {})
+    config, runs, paper = content.pop("config", None), content.pop("runs", {}), content.pop("paper", None)
+    if paper is not None and paper != TABLE6:
+        raise ValueError(f"{path}: paper: {paper!r}; the only table that is named so is {TABLE6!r}")
     grid: Grid = {}
     for key, values in flat(content):
         if not isinstance(values, list) or not values:
@@ -77,7 +84,7 @@ def load_sweep(path: str | Path) -> Sweep:
         grid[key] = values
     if not grid and not runs:
         raise ValueError(f"{path}: names no keys and no runs")
-    return Sweep(path, None if config is None else _beside(path, config), _named(path, runs), grid)
+    return Sweep(path, None if config is None else _beside(path, config), _named(path, runs), grid, paper)
 
 
 def _named(path: Path, runs: Any) -> dict[str, Path | dict[str, Any]]:

@@ -67,6 +67,7 @@ def test_values_may_be_lists_and_mappings(tmp_path: Path) -> None:
         ("runs: {a: 3}\n", "runs.a: expected a path or keys of the configuration, got 3"),
         ("runs: {a: gone.yml}\n", "gone.yml: there is no such file beside it"),
         ("config: gone.yml\nruns: {a: {}}\n", "gone.yml: there is no such file beside it"),
+        ("paper: Table 7\nruns: {a: {}}\n", "paper: 'Table 7'; the only table that is named so is 'Table 6'"),
         ("", "names no keys and no runs"),
         ("- 1\n", "the top level has to be a mapping"),
     ],

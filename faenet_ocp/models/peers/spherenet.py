@@ -4,7 +4,7 @@ A neighbour k of j is seen in spherical coordinates around the edge j -> i: dist
 torsion phi of the plane of k to the next plane, counterclockwise around the edge, in which j has a neighbour (section
 3.1). Torsions of all neighbours around an edge add up to 2 pi.
 
-    m_ji <- f(m_ji, sum_k g(m_kj, R(d_kj)) * W A(d_kj, theta) * W' T(d_kj, theta, phi))                   
+    m_ji <- f(m_ji, sum_k g(m_kj, R(d_kj)) * W A(d_kj, theta) * W' T(d_kj, theta, phi))
     A = j_l(z_ln d / c) Y_l^0(theta),     T = j_l(z_ln d / c) Y_l^m(theta, phi)
 
 E is a sum over atoms and blocks, as of DimeNet++; forces are -dE/dX.
