@@ -20,6 +20,9 @@ from faenet_ocp.graph.vectors import edge_lengths
 _AT_ONCE = 256
 """Systems of one task: what a process holds in memory, however large the data sets are."""
 
+_FEW_TASKS = 8
+"""So many are done before processes have started."""
+
 _NEARLY_ALL = 0.9
 
 
@@ -43,7 +46,7 @@ def check(datasets: Mapping[str, Dataset], num_workers: int, *, progress: bool =
 
     Args:
         datasets: by split; picklable.
-        num_workers: processes; 1: this one.
+        num_workers: processes; 1, or few systems: this one.
         progress: show a bar.
 
     Returns:
@@ -59,7 +62,8 @@ def check(datasets: Mapping[str, Dataset], num_workers: int, *, progress: bool =
         for start in range(0, size, _AT_ONCE)
     ]
     found: dict[str, list[Problem]] = {split: [] for split in datasets}
-    results = ordered_map(partial(_problems, datasets), tasks, num_workers)
+    workers = num_workers if len(tasks) > _FEW_TASKS else 1
+    results = ordered_map(partial(_problems, datasets), tasks, workers)
     with tqdm(total=sum(sizes.values()), unit="system", disable=not progress, mininterval=1.0) as bar:
         for (split, start, stop), problems in zip(tasks, results, strict=True):
             found[split] += problems

@@ -48,6 +48,7 @@ def test_all_that_cannot_be_used_is_listed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, num_workers: int
 ) -> None:
     monkeypatch.setattr(check_module, "_AT_ONCE", 6)
+    monkeypatch.setattr(check_module, "_FEW_TASKS", 0)
     path, expected = damaged(tmp_path)
     dataset = open_dataset(path, transforms={"remove_subsurface": {}})
     found = check({"train": dataset, "again": dataset}, num_workers)

@@ -17,6 +17,9 @@ from slurm_cluster import Cluster, Job, kill_node, results, run_cli, start_node,
 
 import faenet_ocp.launch.cli
 from faenet_ocp.checkpoint import load_checkpoint
+from faenet_ocp.prepare.qm7x import prepare
+from qm7x_files import write_files
+from shipped import CONFIGS
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -88,6 +91,24 @@ def test_two_jobs_on_one_node_do_not_meet(cluster: Cluster, pair: Path, unbroken
         assert ranks == {"0", "1"}
         assert len(list(folder.glob(".distributed-shared-file-*"))) == 1
         assert results(folder)["splits"].keys() == results(unbroken)["splits"].keys()
+
+
+def test_molecules_are_trained_by_a_job(cluster: Cluster) -> None:
+    """Two ranks, forces and energies, no tags and no cell."""
+    root = cluster.folder / "molecules"
+    prepare(write_files(root / "hdf5"), root / "data")
+    content = yaml.safe_load(cluster.config("qm7x", seconds=0).read_text())
+    small = {"hidden_channels": 32, "num_filters": 16, "num_interactions": 1, "num_gaussians": 8}
+    content["includes"] = [str(CONFIGS / "demo" / "qm7x.yml")]
+    content["dataset"] = {"root": str(root / "data"), "val": {"val_known": None, "val_unknown": {"src": "val_unknown"}}}
+    content["model"] = small | {"pg_hidden_channels": 4, "force_hidden_channels": 32}
+    content["optim"] |= {"max_epochs": 1, "warmup_steps": 2, "eval_every_epochs": 1}
+    config = cluster.folder / "qm7x.yml"
+    config.write_text(yaml.safe_dump(content))
+    (job,) = cluster.found(run_cli("--config", str(config), "--submit", "--num-gpus", "2"))
+    job.wait_for_state("COMPLETED")
+    found = results(job.folder)
+    assert found["task"] == "qm7x" and found["splits"]["val_unknown"]["forces_mae"] > 0
 
 
 def test_a_sweep_is_an_array(cluster: Cluster) -> None:
