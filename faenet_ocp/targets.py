@@ -42,11 +42,14 @@ class Metric:
         return 1e3 if self.milli else 1.0
 
     @property
+    def shown_unit(self) -> str:
+        """The unit of tables and plots."""
+        return f"m{self.unit}" if self.milli else self.unit
+
+    @property
     def header(self) -> str:
         """Title and unit."""
-        if self.unit in ("%", "1"):
-            return self.title
-        return f"{self.title} [{'m' if self.milli else ''}{self.unit}]"
+        return self.title if self.unit in ("%", "1") else f"{self.title} [{self.shown_unit}]"
 
     def text(self, value: float | None) -> str:
         """A value as tables show it; "-" where there is none."""

@@ -53,16 +53,15 @@ def errors_by_model(results: Sequence[Mapping[str, Any]], split: str = "test") -
             raise ValueError(f"{run}: task {document['task']} on {splits}; expected task qm9 with a split {split!r}")
         target = QM9[next(name for name, row in QM9.items() if row.metrics[0].name in document["units"])]
         metric = target.metrics[0]
-        shown = 1000 if metric.milli else 1
         errors = found.setdefault(document["run"]["model"], {})
         if target.name in errors:
             raise ValueError(
                 f"{run}: is the second run of {document['run']['model']} on {target.name}; give one of them"
             )
-        errors[target.name] = shown * document["splits"][split][metric.name]
+        errors[target.name] = metric.scale * document["splits"][split][metric.name]
         linear = document["baselines"]["linear_in_composition"]["splits"].get(split, {})
         if metric.name in linear:
-            found[_LINEAR][target.name] = shown * linear[metric.name]
+            found[_LINEAR][target.name] = metric.scale * linear[metric.name]
     return found
 
 
@@ -91,8 +90,7 @@ def render_qm9_table(results: Sequence[Mapping[str, Any]], split: str = "test") 
     for name, target in QM9.items():
         metric = target.metrics[0]
         own = [_number(errors.get(name), metric.digits) for errors in ours.values()]
-        unit = f"m{metric.unit}" if metric.milli else metric.unit
-        lines.append([name, unit, *own, *(_printed(column[name]) for column in papers.values())])
+        lines.append([name, metric.shown_unit, *own, *(_printed(column[name]) for column in papers.values())])
     for label, place in (("mean improvement over SchNet", 0), ("its deviation", 1)):
         known = [_improvement(errors, ours.get(REFERENCE, {})) for errors in ours.values()]
         reference = papers["SchNet, paper"]
@@ -134,8 +132,7 @@ def render_curve(curve: Mapping[int, Mapping[str, Any]], split: str = "test") ->
     """
     name, errors = _curve(curve, split)
     metric = QM9[name].metrics[0]
-    unit = f"m{metric.unit}" if metric.milli else metric.unit
-    lines = [f"| Training molecules | steps | {name} MAE [{unit}] |", "| ---: | ---: | ---: |"]
+    lines = [f"| Training molecules | steps | {name} MAE [{metric.shown_unit}] |", "| ---: | ---: | ---: |"]
     lines += [f"| {n:,} | {curve[n]['run']['step']:,} | {errors[n]:.{metric.digits}f} |" for n in sorted(curve)]
     return "\n".join(lines) + "\n"
 
@@ -150,7 +147,7 @@ def plot_curve(curve: Mapping[int, Mapping[str, Any]], path: Path, split: str = 
         errors,
         path,
         title=f"QM9, {name}, {split} split, {' or '.join(f'{step:,}' for step in sorted(steps))} steps each",
-        label=f"MAE [{'m' if metric.milli else ''}{metric.unit}]",
+        label=f"MAE [{metric.shown_unit}]",
         levels={} if linear is None else {f"{_LINEAR} (fitted to {max(curve):,})": linear},
     )
 
