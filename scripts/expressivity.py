@@ -2,7 +2,7 @@
 
     python scripts/expressivity.py --out expressivity.json [--seeds 10] [--num-workers 2]
 
-Goes on with what OUT holds already; writes a table (.md) beside it. See `faenet_ocp.evaluation.expressivity`.
+Goes on with what OUT holds already; writes a table (.md) beside it. See `faenet_ocp.evidence.expressivity`.
 """
 
 import argparse
@@ -20,7 +20,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--num-workers", type=int, default=os.cpu_count() or 1, help="processes")
     args = parser.parse_args(argv)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded: processes, not threads
-    from faenet_ocp.evaluation.expressivity_table import run
+    from faenet_ocp.evidence.expressivity_table import run
 
     try:
         table = run(args.out, seeds=args.seeds, epochs=args.epochs, num_workers=args.num_workers)

@@ -38,12 +38,14 @@ ALLOWED = {
     "evaluation": "common targets config data tasks checkpoint build",
     "training": "common targets config data tasks checkpoint build evaluation",
     "inference": "common targets config frames graph models data tasks checkpoint build evaluation",
-    "launch": "common config checkpoint tasks evaluation training",  # tasks: the statistics in a checkpoint
+    "evidence": "common targets config frames models data tasks build evaluation",
+    "launch": "common config checkpoint tasks evaluation evidence training",  # tasks: the statistics in a checkpoint
     "benchmark": "*",
 }
 FAIRCHEM = (
-    "models.fairchem models.frame_averaging data tasks training evaluation launch build config inference benchmark"
+    "models.fairchem models.frame_averaging data tasks training evaluation evidence launch build config inference"
 )
+FAIRCHEM += " benchmark"
 TORCH_ONLY = "frames graph.vectors models"
 LONGEST = 400
 

@@ -17,6 +17,7 @@ from faenet_ocp import build
 from faenet_ocp.benchmark.published import build_published
 from faenet_ocp.config.schema import build_config
 from faenet_ocp.config.yaml import find_config, load_yaml
+from faenet_ocp.models.frame_averaging import shallow_copy
 from faenet_ocp.models.reference_weights import load_reference_state_dict
 from faenet_ocp.targets import TASKS
 from faenet_ocp.tasks.tasks import (
@@ -134,7 +135,7 @@ def shipped(
                 forces = energy_gradient_forces(tasks, outputs, batch.pos, differentiable=network.training)
             outputs["forces"] = {"forces": forces}
         else:
-            outputs = network(batch)
+            outputs = network(shallow_copy(batch))  # eSCN-MD writes its graph into it
         return {key: outputs[key][key] for key in TASKS[task]}
 
     label = {"faenet": "FAENet"}.get(model, model) + (", bf16" if amp else "")

@@ -15,24 +15,19 @@ from torch.utils.data import Dataset
 
 from faenet_ocp import build
 from faenet_ocp.checkpoint import load_weights
-from faenet_ocp.common.files import software_versions, write_json, write_text
+from faenet_ocp.common.files import write_json, write_text
 from faenet_ocp.config.schema import Config, SourceConfig
 from faenet_ocp.data.loader import EvalBatchSampler, make_loader
-from faenet_ocp.evaluation import symmetry
 from faenet_ocp.evaluation.by_atoms import not_learnt
 from faenet_ocp.evaluation.metrics import UnseenElements
-from faenet_ocp.evaluation.plots import plot_differences, plot_learning_curve, plot_parity
+from faenet_ocp.evaluation.plots import plot_learning_curve, plot_parity
 from faenet_ocp.evaluation.predicted_structures import write_extxyz
 from faenet_ocp.evaluation.prediction import predict_split
 from faenet_ocp.evaluation.report import render_table
 from faenet_ocp.evaluation.results import RunInfo, build_results, dataset_label, unseen_in_words
-from faenet_ocp.evaluation.symmetry_report import document, first_scalar, render_symmetry, rotated
 from faenet_ocp.evaluation.validation import SplitOutcome, run_split
 from faenet_ocp.tasks.references import CompositionFit, fits_from_dict
 from faenet_ocp.tasks.tasks import TargetTask, restore_tasks, unseen_elements
-
-_SYMMETRY_BATCH = 32
-"""Systems at once, on each rank: full frames make eight of each."""
 
 
 def load_model(
@@ -156,52 +151,6 @@ class Evaluator:
                 if self.config.job.output_format == "extxyz":
                     write_extxyz(dataset, tasks, path)
 
-    def symmetry(self, state: Mapping[str, Any], checkpoint: str) -> None:
-        """Compares predictions of systems and of moved copies, in all kinds of frames; writes `results/symmetry.*`.
-
-        Arguments as for `predict`.
-        """
-        config, optim = self.config, self.config.optim
-        given, frames = config.evaluation_metrics.symmetry, config.frames
-        split = given.split or config.evaluation_metrics.primary_metric.split
-        model, tasks = self._load(state)
-        found = symmetry.measure(
-            model,
-            tasks,
-            build.make_dataset(config, config.dataset.val[split], cache_dir=self.folder / "cache"),
-            transforms=config.dataset.transforms,
-            dim=given.dim or frames.dim,
-            max_systems=given.max_systems,
-            batch_size=max(1, min(optim.eval_batch_size or optim.batch_size, _SYMMETRY_BATCH)),
-            seed=config.job.seed,
-            **self._forward,
-        )
-        if found is None:
-            return
-        sizes = {split: found.num_systems}
-        facts = {
-            "task": config.task,
-            "dataset": dataset_label(config.dataset.name, config.task, sizes)[0],
-            "split": split,
-            "dim": given.dim or frames.dim,
-            "seed": config.job.seed,
-            "precision": config.job.precision,
-            "model": str(config.model["name"]),
-            "checkpoint": checkpoint,
-            "step": state["progress"]["num_steps_completed"],
-            "trained_with": f"{frames.method}, dim {frames.dim}, group {frames.group}",
-            "frames": build.frame_settings(config, frames.evaluation_method),
-            "device": _device_words(),
-            "versions": software_versions(),
-        }
-        folder, results = self.folder / "results", document(found, config.targets, facts)
-        write_json(folder / "symmetry.json", results)
-        write_text(folder / "symmetry.md", render_symmetry(results))
-        target = first_scalar(config.targets)
-        shown = {f"frames: {method}": values for method, values in rotated(found.differences, target.name).items()}
-        title = f"{facts['dataset']}, {split}, rotated at random"
-        plot_differences(shown, folder / "symmetry.png", title=title, target=target)
-
     def _load(self, state: Mapping[str, Any]) -> tuple[nn.Module, list[TargetTask]]:
         return load_model(state, self.config, distutils.get_device_for_local_rank())
 
@@ -253,7 +202,7 @@ class Evaluator:
                 checkpoint=checkpoint,
                 step=progress["num_steps_completed"],
                 epoch=progress["num_epochs_completed"],
-                device=_device_words(),
+                device=device_words(),
                 frames=build.frame_settings(config, config.frames.evaluation_method),
                 seed=config.job.seed,
             ),
@@ -273,7 +222,8 @@ class Evaluator:
         )
 
 
-def _device_words() -> str:
+def device_words() -> str:
+    """The device of this rank, and how many ranks there are."""
     device, world = torch.device(distutils.get_device_for_local_rank()), distutils.get_world_size()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
     return name if world == 1 else f"{world} x {name}"

@@ -18,6 +18,7 @@ from faenet_ocp.checkpoint import load_checkpoint
 from faenet_ocp.common.files import exclusive
 from faenet_ocp.config.schema import Config, build_config
 from faenet_ocp.evaluation.evaluator import Evaluator
+from faenet_ocp.evidence.symmetry_mode import compare_with_copies
 from faenet_ocp.launch.local_ranks import LOCK, rank_errors, say, stop_signals
 from faenet_ocp.training.run import TrainingRun
 
@@ -87,8 +88,13 @@ class OCPRunner(Runner):
             self._training.run()
             return
         path = str(self.checkpoint)
-        work = {"predict": evaluator.predict, "validate": evaluator.validate, "symmetry": evaluator.symmetry}
-        work[self.mode](load_checkpoint(path), path)
+        state = load_checkpoint(path)
+        if self.mode == "predict":
+            evaluator.predict(state, path)
+        elif self.mode == "symmetry":
+            compare_with_copies(self.config, self.folder, state, path)
+        else:
+            evaluator.validate(state, path)
 
 
 def _leave_cores_to_the_loader(config: Config) -> None:

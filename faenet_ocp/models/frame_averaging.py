@@ -179,7 +179,7 @@ def with_graph(data: AtomicData, cutoff: float, max_neighbors: int | None) -> At
         offsets.append(offset)
         counts.append(index.shape[1])
         first += natoms
-    result = _shallow_copy(data)
+    result = shallow_copy(data)
     result.edge_index = torch.cat(edge_index, dim=1).to(data.pos.device)
     result.cell_offsets = torch.cat(offsets).to(data.pos)
     result.nedges = torch.tensor(counts, dtype=data.natoms.dtype, device=data.pos.device)
@@ -193,7 +193,7 @@ def _views(frames: Frames) -> Views:
     return flatten_frames(frames)
 
 
-def _shallow_copy(data: AtomicData) -> AtomicData:
+def shallow_copy(data: AtomicData) -> AtomicData:
     """Another AtomicData with the same tensors, whose fields can be replaced."""
     result = copy.copy(data)
     result.__keys__ = set(data.__keys__)
@@ -201,7 +201,7 @@ def _shallow_copy(data: AtomicData) -> AtomicData:
 
 
 def _without_frames(data: AtomicData) -> AtomicData:
-    result = _shallow_copy(data)
+    result = shallow_copy(data)
     for name in ("frame_rot", "frame_weight"):
         if name in result:
             del result[name]

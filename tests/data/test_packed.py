@@ -209,6 +209,7 @@ def test_the_wrong_format_is_named(small_is2re: Path, packed_is2re: Path) -> Non
 # The converter
 
 
+@pytest.mark.slow
 def test_processes_do_not_change_what_is_written(small_is2re: Path, packed_is2re: Path, tmp_path: Path) -> None:
     source = small_is2re / "is2re/all/train"
     command = [sys.executable, str(SCRIPT), "--data-path", str(source), "--out-path", str(tmp_path)]

@@ -97,6 +97,7 @@ def test_calculator_and_relaxation_need_no_tags(trained: Path, tmp_path: Path) -
     assert [found.get_chemical_formula() for found in relaxed] == [m.get_chemical_formula() for m in molecules()[:3]]
 
 
+@pytest.mark.slow
 def test_validation_of_the_checkpoint_gives_the_numbers_of_the_run(trained: Path) -> None:
     best = str(trained / "checkpoints" / "best.pt")
     torch.manual_seed(5)

@@ -6,6 +6,7 @@ Golden numbers: run the test and copy what it found, when a change of the number
 import copy
 import io
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, ClassVar
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from fairchem.core.common.registry import registry
 from fairchem.core.datasets.atomic_data import AtomicData, atomicdata_list_to_batch
 from torch import Tensor, nn
+from torch_geometric.nn.models import dimenet_utils
 
 import small_data
 from faenet_ocp.graph.neighbors import build_graph
@@ -20,6 +22,9 @@ from faenet_ocp.kernels import accelerate
 from faenet_ocp.models import fairchem as faenet_models  # noqa: F401  # registers FAENet and its heads
 from faenet_ocp.models.frame_averaging import FrameAveragedModel
 from faenet_ocp.targets import TARGETS
+
+for _function in ("bessel_basis", "real_sph_harm"):  # a second of algebra for every network made, always the same
+    setattr(dimenet_utils, _function, cache(getattr(dimenet_utils, _function)))
 
 SMALL_FAENET = {
     "hidden_channels": 48,

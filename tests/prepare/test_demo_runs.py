@@ -66,6 +66,7 @@ def test_another_seed_gives_other_data(root: Path, tmp_path: Path) -> None:
     assert len(others) == 4 and not ours & others
 
 
+@pytest.mark.slow
 def test_killed_and_made_anew_by_two_processes(root: Path, tmp_path: Path) -> None:
     """Its records are compared: the bytes themselves hold memory addresses."""
     folder, names = tmp_path / "data", ("num_train", "num_val", "frames_per_system", "seed")

@@ -84,6 +84,7 @@ def test_shares_and_seed() -> None:
     assert [split_of(*name, 0) for name in names] != [split_of(*name, 1) for name in names]
 
 
+@pytest.mark.slow
 def test_a_killed_call_is_finished_by_the_next(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The result is that of a call that was not killed, and finished shards are left alone."""
     prepare(source, tmp_path / "whole")

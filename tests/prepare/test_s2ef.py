@@ -266,6 +266,7 @@ def test_folders_of_others_and_a_second_process_are_refused(raw: Path, tmp_path:
             prepare(raw, out, options=Options())
 
 
+@pytest.mark.slow
 def test_killed_and_restarted(tmp_path: Path) -> None:
     """The command, killed in the middle of a shard; its processes must not go on without it.
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from faenet_ocp.evaluation import expressivity, expressivity_table
-from faenet_ocp.evaluation.expressivity import Accuracy, congruence, pairs, rows, train
+from faenet_ocp.evidence import expressivity, expressivity_table
+from faenet_ocp.evidence.expressivity import Accuracy, congruence, pairs, rows, train
 
 PAIRS = {f"{pair.test}: {pair.name}": pair for pair in pairs()}
 ROWS = {row.name: row for row in rows()}
@@ -42,17 +42,21 @@ def test_congruence_of_moved_clouds(seed: int) -> None:
 
 
 def test_exact_frames_tell_apart_what_differs_and_nothing_else() -> None:
-    """Also on moved copies; mirror images only with frames that are no mirrors."""
+    """Also on moved copies."""
     trained = {
-        (name, row): train(PAIRS[name], ROWS[f"FAENet, canonical, {row}(3)"], 0, epochs=60)
+        name: train(PAIRS[name], ROWS["FAENet, canonical, E(3)"], 0, epochs=30)
         for name in ("body order: 3-body", "body order: 4-body", "scalene triangle: mirror images")
-        for row in ("E", "SE")
     }
-    assert trained["body order: 3-body", "E"] == Accuracy(100, 100, 100)
-    for row in ("E", "SE"):
-        assert trained["body order: 4-body", row].final == trained["body order: 4-body", row].moved == 50
-    assert trained["scalene triangle: mirror images", "E"].moved == 50
-    assert trained["scalene triangle: mirror images", "SE"].moved == 100
+    assert trained.pop("body order: 3-body") == Accuracy(100, 100, 100)
+    for name, accuracy in trained.items():
+        assert accuracy.final == accuracy.moved == 50, name
+
+
+@pytest.mark.slow
+def test_frames_that_are_no_mirrors_tell_mirror_images_apart() -> None:
+    """It takes longer than the protocol has."""
+    pair = PAIRS["scalene triangle: mirror images"]
+    assert train(pair, ROWS["FAENet, canonical, SE(3)"], 0, epochs=600) == Accuracy(100, 100, 100)
 
 
 def test_the_command_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,8 +11,8 @@ from tqdm import tqdm
 
 from faenet_ocp.common.files import software_versions, write_json, write_text
 from faenet_ocp.common.pool import ordered_map
-from faenet_ocp.evaluation.expressivity import Accuracy, congruence, pairs, rows, spread, train
 from faenet_ocp.evaluation.tables import padded
+from faenet_ocp.evidence.expressivity import Accuracy, congruence, pairs, rows, spread, train
 
 FORMAT = 1
 _SAVE_EVERY = 20

@@ -6,7 +6,6 @@ should be equal is compared: scalars as they are, vectors turned back, on the at
 Shapes: N atoms, B systems. Row vectors: X' = X R.
 """
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -27,7 +26,7 @@ from faenet_ocp.evaluation.validation import predict
 from faenet_ocp.frames import centroids
 from faenet_ocp.frames.report import frame_report
 from faenet_ocp.frames.rotations import random_rotations
-from faenet_ocp.models.frame_averaging import FrameAveragedModel, with_graph
+from faenet_ocp.models.frame_averaging import FrameAveragedModel, shallow_copy, with_graph
 from faenet_ocp.targets import Target
 from faenet_ocp.tasks.tasks import TargetTask
 
@@ -202,7 +201,7 @@ def _compare(
 def _predicted(
     model: FrameAveragedModel, tasks: Sequence[TargetTask], batch: AtomicData, **forward: bool
 ) -> dict[str, Tensor]:
-    ((_, predictions, _),) = predict(model, tasks, [copy.copy(batch)], **forward)
+    ((_, predictions, _),) = predict(model, tasks, [shallow_copy(batch)], **forward)
     return {name: value.detach().cpu().double() for name, value in predictions.items()}
 
 

@@ -7,8 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from faenet_ocp.common.files import plain
-from faenet_ocp.evaluation.symmetry import METHODS, MOTIONS, POSITIONS, SUMMARIES, Found
 from faenet_ocp.evaluation.tables import padded
+from faenet_ocp.evidence.symmetry import METHODS, MOTIONS, POSITIONS, SUMMARIES, Found
 from faenet_ocp.targets import TARGETS, Target
 
 _ANGSTROM = "A"
