@@ -116,10 +116,10 @@ def rotational_symmetry(spokes: int) -> Pair:
 
 def star(test: str, name: str, first: Sequence[tuple], second: Sequence[tuple]) -> Pair:
     """Atoms around one in the origin, which is bound to each of them."""
-    clouds = [torch.tensor([(0, 0, 0), *cloud], dtype=torch.float32) for cloud in (first, second)]
+    one, other = (torch.tensor([(0, 0, 0), *cloud], dtype=torch.float32) for cloud in (first, second))
     count = len(first)
     edges = torch.stack([torch.zeros(count, dtype=torch.long), torch.arange(1, count + 1)])
-    return Pair(test, name, *clouds, _both_ways(edges))
+    return Pair(test, name, one, other, _both_ways(edges))
 
 
 def _both_ways(edges: Tensor) -> Tensor:
@@ -134,8 +134,8 @@ def congruence(first: Tensor, second: Tensor) -> str:
     a, b = (cloud.double() - cloud.double().mean(dim=0) for cloud in (first, second))
     independent, others = _independent(a), _independent(b)
     if not independent or not others:  # on a line: a turn by 180 degrees is all that there is
-        along = [cloud.norm(dim=1).sort().values for cloud in (a, b)]
-        return "rotated" if not independent and not others and torch.allclose(*along, atol=1e-3) else "no"
+        along, other = (cloud.norm(dim=1).sort().values for cloud in (a, b))
+        return "rotated" if not independent and not others and torch.allclose(along, other, atol=1e-3) else "no"
     found, (i, j) = set(), independent[0]
     for m, n in others:
         for sign in (1, -1):
@@ -180,7 +180,7 @@ def rows() -> list[Row]:
     for method, group in kinds:
         name = "FAENet, no frames" if method == "none" else f"FAENet, {method}, {group}(3)"
         found.append(Row(name, faenet, "num_interactions", {"method": method, "dim": 3, "group": group}))
-    others = {
+    others: dict[str, tuple[dict[str, Any], str]] = {
         "SchNet": ({"model": "schnet", "num_filters": _CHANNELS, "num_gaussians": 50}, "num_interactions"),
         "DimeNet++": ({"model": "dimenetpp", "out_emb_channels": _CHANNELS}, "num_blocks"),
         "PaiNN": ({"model": "painn"}, "num_interactions"),
