@@ -162,6 +162,7 @@ def test_the_same_systems_are_loaded_in_each_way(small_is2re: Path, tmp_path: Pa
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # EScAIP under autocast
 def test_peers_run(tmp_path: Path) -> None:
     names = {
         row["model"] for group in _groups(tmp_path / "out.json", "peers", "--batch-size", "1") for row in group["rows"]

@@ -96,13 +96,15 @@ def test_two_jobs_on_one_node_do_not_meet(cluster: Cluster, pair: Path, unbroken
 def test_molecules_are_trained_by_a_job(cluster: Cluster) -> None:
     """Two ranks, forces and energies, no tags and no cell."""
     root = cluster.folder / "molecules"
+    root.mkdir()
     prepare(write_files(root / "hdf5"), root / "data")
     content = yaml.safe_load(cluster.config("qm7x", seconds=0).read_text())
     small = {"hidden_channels": 32, "num_filters": 16, "num_interactions": 1, "num_gaussians": 8}
     content["includes"] = [str(CONFIGS / "demo" / "qm7x.yml")]
     content["dataset"] = {"root": str(root / "data"), "val": {"val_known": None, "val_unknown": {"src": "val_unknown"}}}
     content["model"] = small | {"pg_hidden_channels": 4, "force_hidden_channels": 32}
-    content["optim"] |= {"max_epochs": 1, "warmup_steps": 2, "eval_every_epochs": 1}
+    content["evaluation_metrics"] = {"primary_metric": {"split": "val_unknown"}}
+    content["optim"] |= {"batch_size": 8, "max_epochs": 1, "warmup_steps": 2, "eval_every_epochs": 1}
     config = cluster.folder / "qm7x.yml"
     config.write_text(yaml.safe_dump(content))
     (job,) = cluster.found(run_cli("--config", str(config), "--submit", "--num-gpus", "2"))
