@@ -1,6 +1,7 @@
 """All networks on all pairs of `expressivity`, in several processes, and the table of it."""
 
 import json
+import time
 from collections.abc import Mapping
 from itertools import product
 from pathlib import Path
@@ -15,7 +16,8 @@ from faenet_ocp.evaluation.tables import padded
 from faenet_ocp.evidence.expressivity import Accuracy, congruence, pairs, rows, spread, train
 
 FORMAT = 1
-_SAVE_EVERY = 20
+_SAVE_EVERY = 5.0
+"""Seconds."""
 
 
 def run(out: Path, *, seeds: int, epochs: int, num_workers: int) -> str:
@@ -38,10 +40,12 @@ def run(out: Path, *, seeds: int, epochs: int, num_workers: int) -> str:
     tasks = [(*key, seed, epochs) for key, name in keys.items() for seed in range(len(done.get(name, [])), seeds)]
     results = ordered_map(_train, tasks, num_workers)
     bar = tqdm(results, total=len(tasks), desc="expressivity", unit="network", disable=None)
+    saved = time.monotonic()
     for number, (task, accuracy) in enumerate(zip(tasks, bar, strict=True), 1):
         done.setdefault(keys[task[:2]], []).append(list(accuracy))
-        if number % _SAVE_EVERY == 0 or number == len(tasks):
+        if time.monotonic() > saved + _SAVE_EVERY or number == len(tasks):
             write_json(out, found)
+            saved = time.monotonic()
     table = render(found)
     write_text(out.with_suffix(".md"), table)
     return table
