@@ -277,5 +277,5 @@ def _registered(key: str, name: str, getter: Any, mapping: str) -> type:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Trainable parameters."""
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    """Numbers in all parameters, also in those that training leaves as they are."""
+    return sum(parameter.numel() for parameter in model.parameters())

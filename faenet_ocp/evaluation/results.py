@@ -41,7 +41,7 @@ class RunInfo:
     Attributes:
         model: name for the table's row.
         config: path or name of the YAML.
-        parameters: trainable parameters.
+        parameters: numbers in all parameters.
         checkpoint: path, None for weights that were never saved.
         step, epoch: of the weights.
         device: in words, with the number of ranks if more than one.

@@ -163,6 +163,16 @@ def conservative_outputs(model: nn.Module, tasks: Sequence[Task], batch: AtomicD
     return outputs
 
 
+def training_outputs(model: nn.Module, tasks: Sequence[Task], batch: AtomicData) -> dict[str, Any]:
+    """Model outputs; forces of a model without a head for them are -dE/dX, to be differentiated once more."""
+    if not has_no_forces_of_its_own(model, tasks):
+        return model(batch)
+    batch.pos.requires_grad_(True)
+    outputs = model(batch)
+    forces = energy_gradient_forces(tasks, outputs, batch.pos, differentiable=True)
+    return {**outputs, "forces": {"forces": forces}}
+
+
 def unseen_elements(tasks: Sequence[Task], fits: Mapping[str, CompositionFit]) -> Tensor:
     """Elements that the training set lacks, as far as its statistics or fitted references tell, (119,) bool."""
     unseen = [fit.unseen_elements() for fit in fits.values()]

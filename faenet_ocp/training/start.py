@@ -21,9 +21,8 @@ from faenet_ocp.tasks.losses import normalised_label, task_loss
 from faenet_ocp.tasks.references import CompositionFit, fits_from_dict
 from faenet_ocp.tasks.tasks import (
     TargetTask,
-    energy_gradient_forces,
-    has_no_forces_of_its_own,
     load_tasks_state,
+    training_outputs,
 )
 from faenet_ocp.training.optim import total_steps
 
@@ -127,12 +126,7 @@ def freeze_unused(model: nn.Module, tasks: Sequence[TargetTask], batch: AtomicDa
     """
     was_training = model.training
     model.eval()
-    conservative = has_no_forces_of_its_own(model, tasks)
-    batch.pos.requires_grad_(conservative)
-    outputs = model(batch)
-    if conservative:
-        forces = energy_gradient_forces(tasks, outputs, batch.pos, differentiable=True)
-        outputs = {**outputs, "forces": {"forces": forces}}
+    outputs = training_outputs(model, tasks, batch)
     loss = torch.stack([task_loss(task, outputs, batch) for task in tasks if task.loss_fn is not None]).sum()
     named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)

@@ -12,7 +12,7 @@ from faenet_ocp.config.yaml import load_yaml, merge
 from faenet_ocp.data.loader import collate
 from faenet_ocp.tasks.losses import task_loss
 from faenet_ocp.tasks.references import fit_labels
-from faenet_ocp.tasks.tasks import energy_gradient_forces, has_no_forces_of_its_own, make_tasks, needs_fit
+from faenet_ocp.tasks.tasks import make_tasks, needs_fit, training_outputs
 from faenet_ocp.training.optim import make_optimizer
 from faenet_ocp.training.start import freeze_unused
 
@@ -48,12 +48,7 @@ def test_a_step_at_real_size(path: Path, small_is2re: Path, small_s2ef: Path) ->
     freeze_unused(model, tasks, batch)
     before = [parameter.detach().clone() for parameter in model.parameters()]
     optimizer = make_optimizer(config.optim)(model.parameters())
-    conservative = has_no_forces_of_its_own(model, tasks)
-    batch.pos.requires_grad_(conservative)
-    outputs = model(batch)
-    if conservative:
-        forces = energy_gradient_forces(tasks, outputs, batch.pos, differentiable=True)
-        outputs = {**outputs, "forces": {"forces": forces}}
+    outputs = training_outputs(model, tasks, batch)
     sum(task_loss(task, outputs, batch) for task in tasks).backward()
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert not [name for name, p in trained.items() if p.grad is None or not p.grad.isfinite().all()]
