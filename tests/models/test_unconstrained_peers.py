@@ -9,7 +9,8 @@ from scipy.special import sph_harm_y
 from torch import Tensor, nn
 from torch.nn.functional import silu, softplus
 
-from faenet_ocp.models.peers.forcenet import ForceNet, atomic_radii, spherical_harmonics
+from faenet_ocp.models.peers.directions import spherical_harmonics
+from faenet_ocp.models.peers.forcenet import ForceNet, atomic_radii
 from faenet_ocp.models.peers.gns import GNS
 from models import test_peers as peers
 from models.suite import ModelSuite, outputs_of, single_atom, slab, to_batch

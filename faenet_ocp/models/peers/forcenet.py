@@ -27,6 +27,7 @@ from faenet_ocp.common.elements import PROPERTIES, element_table
 from faenet_ocp.models.base import Backbone, NodeFeatures, Options, option
 from faenet_ocp.models.functional import segment_sum
 from faenet_ocp.models.norms import RankBatchNorm
+from faenet_ocp.models.peers.directions import spherical_harmonics
 from faenet_ocp.models.peers.layers import ElementEmbedding, Readout, at_least, mlp
 
 BASES = ("sphallmul", "powersine")
@@ -137,35 +138,6 @@ class EdgeBasis(nn.Module):
 
     def _sines(self, x: Tensor) -> Tensor:
         return torch.sin(x[:, :, None] * self.frequencies).flatten(1)
-
-
-def spherical_harmonics(direction: Tensor, num_degrees: int) -> Tensor:
-    """Real orthonormal spherical harmonics, without the Condon-Shortley phase; polar axis z.
-
-    Y_lm is N_lm Q_lm(z) Re (x + i y)^m for m >= 0, and N_lm Q_l|m|(z) Im (x + i y)^|m| for m < 0, with the polynomials
-    Q_lm = P_lm / sin^m of the recursion (l - m) Q_lm = (2l - 1) z Q_(l-1)m - (l + m - 1) Q_(l-2)m: nothing is divided
-    by, and poles are as good as other directions.
-
-    Args:
-        direction: unit vectors, (E, 3).
-        num_degrees: the degrees l are from 0 to one less.
-
-    Returns:
-        (E, num_degrees^2), by degree, then by order m from -l to l.
-    """
-    x, y, z = direction.unbind(dim=1)
-    columns: dict[tuple[int, int], Tensor] = {}
-    real, imaginary, first = torch.ones_like(x), torch.zeros_like(x), 1.0  # (x + i y)^m, Q_mm = (2m - 1)!!
-    for m in range(num_degrees):
-        below, q = torch.zeros_like(z), torch.full_like(z, first)
-        for degree in range(m, num_degrees):
-            if degree > m:
-                below, q = q, ((2 * degree - 1) * z * q - (degree + m - 1) * below) / (degree - m)
-            square = (2 * degree + 1) / (4 * math.pi) * math.factorial(degree - m) / math.factorial(degree + m)
-            norm = math.sqrt(square * (2 if m else 1))
-            columns[degree, -m], columns[degree, m] = norm * q * imaginary, norm * q * real
-        real, imaginary, first = real * x - imaginary * y, real * y + imaginary * x, first * (2 * m + 1)
-    return torch.stack([columns[place] for place in sorted(columns)], dim=1)
 
 
 class Block(nn.Module):
