@@ -124,7 +124,7 @@ def _sigmoid(x: Any) -> Any:
     return _ONE / (_ONE + _bits_to_float((np.int32(n) + np.int32(127)) << np.int32(23)) * exp_r)
 
 
-@compiled()
+@compiled(fused=True)
 def add_messages(m, kept, linear, knots, nodes, values, source, target, near, share, start, stop, first, last):
     """m_i += silu(W e + a_j + b_i + t) * v_j for the edges from `start` to `stop`, channels from `first` to `last`.
 
@@ -169,7 +169,7 @@ def add_messages(m, kept, linear, knots, nodes, values, source, target, near, sh
     return False
 
 
-@compiled()
+@compiled(fused=True)
 def add_gradients(
     grad_linear,
     grad_nodes,
