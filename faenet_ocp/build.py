@@ -21,7 +21,6 @@ from faenet_ocp.common.checks import nearest, parameters, switched_off, whole_nu
 from faenet_ocp.config.schema import Config, SourceConfig
 from faenet_ocp.data import ase_files, packed  # noqa: F401  # register the data sets
 from faenet_ocp.data.held_out import hold_out
-from faenet_ocp.kernels import accelerate
 from faenet_ocp.models import fairchem as faenet_models  # noqa: F401  # registers FAENet and its heads
 from faenet_ocp.models.frame_averaging import FrameAveragedModel
 
@@ -202,8 +201,12 @@ def frame_settings(config: Config, method: str) -> dict[str, Any]:
     return {"method": method, "dim": frames.dim, "group": frames.group, "tolerance": frames.tolerance}
 
 
-def make_model(config: Config) -> FrameAveragedModel:
-    """The configured model with seeded initial weights, on the CPU, accelerated (see `kernels`).
+def make_model(config: Config, *, device: torch.device | str = "cpu") -> FrameAveragedModel:
+    """The configured model with seeded initial weights, on the CPU.
+
+    Args:
+        config: validated configuration.
+        device: where it will run: for a CPU it is accelerated (see `kernels`), others take it as it is.
 
     `model:` holds the options of the backbone and of its default heads; other heads are named in `model.heads` as
     fairchem does.
@@ -249,7 +252,10 @@ def make_model(config: Config) -> FrameAveragedModel:
         )
     except (TypeError, ValueError) as error:
         raise ValueError(f"model: {error}") from error
-    accelerate(model)
+    if torch.device(device).type == "cpu":
+        from faenet_ocp.kernels import accelerate
+
+        accelerate(model)
     return model.double() if config.job.precision == "float64" else model
 
 

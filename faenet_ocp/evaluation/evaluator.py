@@ -44,7 +44,7 @@ def load_model(
         ValueError: the weights do not fit the configured model.
     """
     with torch.random.fork_rng(devices=[]):  # the initial weights, replaced below, are drawn after seeding
-        model = build.make_model(config)
+        model = build.make_model(config, device=device)
     load_weights(model, state)
     return model.to(device), restore_tasks(config, state["tasks"])
 

@@ -21,16 +21,20 @@ from numba import config, njit, types
 from numba.extending import intrinsic, overload
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional
 
 from faenet_ocp.common.numba import compiled
+from faenet_ocp.models.functional import Activation
 
 _CHANNELS_OF_A_THREAD = 32  # at least, and a multiple: two threads never write to the same 64 bytes
 
 
-def usable(*tensors: Tensor) -> bool:
-    """Whether the kernels take these: float32 or bfloat16 on a CPU."""
-    known = all(t.device.type == "cpu" and t.dtype in (torch.float32, torch.bfloat16) for t in tensors)
-    return known and not config.DISABLE_JIT  # type: ignore[attr-defined]
+def usable(values: Tensor, act: Activation) -> bool:
+    """Whether the kernels take these: float32 on a CPU, under autocast to bfloat16 or none, and silu."""
+    if values.device.type != "cpu" or values.dtype != torch.float32 or act is not functional.silu:
+        return False
+    narrow = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") != torch.bfloat16
+    return not narrow and not config.DISABLE_JIT  # type: ignore[attr-defined]
 
 
 def arrays(*tensors: Tensor) -> list[NDArray[Any]]:

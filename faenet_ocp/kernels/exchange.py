@@ -1,7 +1,8 @@
 """`accelerate`: modules of a model are exchanged, in place, for ones that compute the same faster.
 
 They are subclasses of the modules of `models`, with the same parameters: state dicts, optimisers, copies and pickles do
-not notice. The part of FAENet's edge embedding that depends on the distance alone enters the filters as a function of
+not notice. Where the compiled code cannot be used (another precision, another activation function) they do what their
+parents do. The part of FAENet's edge embedding that depends on the distance alone enters the filters as a function of
 one number. On a CPU it is multiplied by the weights at knots on that line, a few thousand rows instead of all edges,
 and interpolated.
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from faenet_ocp.kernels.edge_kernels import usable
 from faenet_ocp.kernels.filtered_sum import Knots, filtered_sum
 from faenet_ocp.models.embedding import EdgeEmbedding
 from faenet_ocp.models.faenet import FAENet
@@ -113,7 +115,7 @@ class FastEdgeEmbedding(EdgeEmbedding):
     """`EdgeEmbedding` whose part of the distance alone is given at knots, where that is faster and as exact.
 
     It is faster where arithmetic is what costs, on a CPU, if there are more edges than knots, or the same knots serve
-    many batches. In float64, and for derivatives by the positions, it would not be exact enough.
+    many batches. For derivatives by the positions it would not be exact enough.
     """
 
     table: KeptTable
@@ -123,9 +125,8 @@ class FastEdgeEmbedding(EdgeEmbedding):
         lin_rbf, offset = cast(nn.Linear, self.lin_rbf), self.smearing.offset
         spacing = self.smearing.cutoff / (len(offset) - 1) / KNOTS_PER_GAUSSIAN
         num_knots = (len(offset) - 1 + BEYOND) * KNOTS_PER_GAUSSIAN + 4  # from one before 0 to one beyond the end
-        exact = edge_vec.dtype != torch.float64 and not edge_vec.requires_grad
         faster = len(edge_vec) > 2 * num_knots or not torch.is_grad_enabled()
-        if not exact or not faster or edge_vec.device.type != "cpu":
+        if edge_vec.requires_grad or not faster or not usable(edge_vec, self.act):
             return super().forward(edge_vec)
 
         def at_knots() -> Tensor:
@@ -144,6 +145,8 @@ class FastEdgeFilter(EdgeFilter):
     table: KeptTable
 
     def sum_messages(self, h: Tensor, values: Tensor, graph: Graph) -> Tensor:
+        if not usable(values, self.act):
+            return super().sum_messages(h, values, graph)
         bias = self.lin.bias
         nodes = torch.cat([torch.zeros_like(bias), bias]).expand(len(h), -1)
         return _sum(self, self.lin.weight, nodes, values, graph)
@@ -155,6 +158,8 @@ class FastEdgeNodeFilter(EdgeNodeFilter):
     table: KeptTable
 
     def sum_messages(self, h: Tensor, values: Tensor, graph: Graph) -> Tensor:
+        if not usable(values, self.act):
+            return super().sum_messages(h, values, graph)
         weight, of_source, of_target = self.split(h)
         return _sum(self, weight, torch.cat([of_source, of_target], dim=1), values, graph)
 
@@ -173,4 +178,4 @@ def _sum(
         of_distance = weight[:, channels:]
         table = module.table.get(lambda: functional.linear(given, of_distance), (of_distance,), given)  # (K, M)
         e, weight, knots = e.vector_part, weight[:, :channels], e.knots._replace(values=table)
-    return filtered_sum(e, weight, nodes, values, graph.source, graph.target, module.act, knots)
+    return filtered_sum(e, weight, nodes, values, graph.source, graph.target, knots)

@@ -140,7 +140,8 @@ class TrainingRun:
         return sizes
 
     def _make_unit(self, loader: DataLoader) -> OCPTrainUnit:
-        config, model = self.config, build.make_model(self.config)
+        config, device = self.config, distutils.get_device_for_local_rank()
+        model = build.make_model(config, device=device)
         freeze_unused(model, self.tasks, sample_of(loader.dataset.dataset, _LOOKED_AT))  # type: ignore[attr-defined]
         return OCPTrainUnit(
             job_config=self.job_config,
