@@ -60,7 +60,9 @@ class Evaluator:
     def __init__(self, config: Config, folder: Path):
         self.config, self.folder, optim = config, folder, config.optim
         self.batch_size = optim.eval_batch_size or optim.batch_size  # over all ranks
-        self._loader = partial(make_loader, num_workers=optim.num_workers, context=optim.worker_context)
+        self._loader = partial(
+            make_loader, num_workers=optim.num_workers, context=optim.worker_context, pin_memory=not config.job.cpu
+        )
         conservative = config.output("forces").eval_from == "energy_gradient"
         self._forward = {"amp": config.job.amp, "conservative": conservative}
         self._datasets: dict[str, Dataset] = {}

@@ -118,11 +118,11 @@ def _rows(tasks: Sequence[TargetTask], batch: AtomicData, predictions: dict[str,
     free = batch.fixed == 0
     for task in tasks:
         values = predictions[task.name]
-        rows[task.name] = (values[free].float() if task.level == "atom" else values.double()).cpu().numpy()
+        rows[task.name] = (values[free].float() if task.level == "atom" else values.double()).numpy()
     if with_atoms:
         _check_complete(batch)
         per_system = torch.zeros_like(batch.natoms).index_add(0, batch.batch, free.to(batch.natoms.dtype))
-        rows["free"] = per_system.cpu().numpy()
+        rows["free"] = per_system.numpy()
     return rows
 
 

@@ -4,6 +4,7 @@ Exact on any number of ranks.
 """
 
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -59,24 +60,67 @@ def predict(
         conservative: forces are -dE/dX, also of a model that predicts others.
 
     Yields:
-        a batch on the device, its predictions by target, and the seconds of the forward pass.
+        a batch as it was given, its predictions by target, on the CPU, and the seconds of the forward pass. A GPU has
+        the next batch to work on by then.
     """
     device = next(model.parameters()).device
     training = model.training
     conservative = conservative or has_no_forces_of_its_own(model, tasks)
     model.eval()
+    launched: deque[_Launched] = deque()
     try:
         for batch in batches:
-            batch = batch.to(device)
-            _synchronize(device)
-            start = time.perf_counter()
+            on_device, clock = batch.to(device, non_blocking=True), _Clock(device)
             with torch.autocast(device_type=device.type, dtype=torch.bfloat16, enabled=amp):
-                outputs = conservative_outputs(model, tasks, batch) if conservative else model(batch)
-            _synchronize(device)
-            seconds = time.perf_counter() - start
-            yield batch, to_physical(tasks, outputs, batch), seconds
+                outputs = conservative_outputs(model, tasks, on_device) if conservative else model(on_device)
+            clock.stop()
+            launched.append(_Launched(batch, to_physical(tasks, outputs, on_device), clock))
+            if device.type == "cpu" or len(launched) > 1:
+                yield launched.popleft().arrived()
+        while launched:
+            yield launched.popleft().arrived()
     finally:
         model.train(training)
+
+
+class _Clock:
+    """Time from its making to `stop`, on the device that does the work and without waiting for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if device.type == "cuda" else []
+        self._times = [self._now(0)]
+
+    def _now(self, place: int) -> float:
+        if self._events:
+            self._events[place].record()
+        return time.perf_counter()
+
+    def stop(self) -> None:
+        self._times.append(self._now(1))
+
+    def seconds(self) -> float:
+        if not self._events:
+            return self._times[1] - self._times[0]
+        start, end = self._events
+        end.synchronize()
+        return start.elapsed_time(end) / 1000
+
+
+class _Launched:
+    """A batch whose predictions are being made, and on their way to the CPU."""
+
+    def __init__(self, batch: AtomicData, predictions: Mapping[str, Tensor], clock: _Clock) -> None:
+        self.batch, self.clock = batch, clock
+        self.predictions = {name: value.to("cpu", non_blocking=True) for name, value in predictions.items()}
+        self.device = next(iter(predictions.values())).device
+        self.end = torch.cuda.Event() if self.device.type == "cuda" else None
+        if self.end is not None:
+            self.end.record()
+
+    def arrived(self) -> tuple[AtomicData, dict[str, Tensor], float]:
+        if self.end is not None:
+            self.end.synchronize()
+        return self.batch, self.predictions, self.clock.seconds()
 
 
 @dataclass
@@ -166,7 +210,7 @@ class _Collector:
         self.num_frames += int((batch.frame_weight > 0).sum()) if "frame_weight" in batch else size
         self.unseen.update(batch)
         for name, scalar in self.scalars.items():
-            pair = predictions[name].double().cpu(), exact_label(batch, name).double().cpu()
+            pair = predictions[name].double(), exact_label(batch, name).double()
             scalar.update(*pair)
             self.pairs[name].append(pair)
         for baseline in self.baselines:
@@ -184,10 +228,10 @@ class _Collector:
             joint.update(pairs[joint.scalar.name], pairs[joint.vector.name], counted=counted, batch=batch.batch)
         if self.num_plotted < _PLOTTED_ATOMS:
             self.num_plotted += int(counted.sum())
-            self.adsorbate.append((batch.tags == ADSORBATE)[counted].cpu())
+            self.adsorbate.append((batch.tags == ADSORBATE)[counted])
             for name in self.vectors:
                 pred, label = pairs[name]
-                self.pairs[name].append((pred[counted].cpu(), label[counted].cpu()))
+                self.pairs[name].append((pred[counted], label[counted]))
 
     def outcome(self, split: str, seconds: float) -> SplitOutcome:
         collectors: list[ScalarMetrics | VectorMetrics | JointThreshold] = [
@@ -228,11 +272,6 @@ class _Collector:
                 result.pairs[name] = pred, label
                 result.adsorbate = torch.cat(self.adsorbate)[:_PLOTTED_ATOMS].numpy()
         return result
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def reduced(values: Tensor, how: str) -> Tensor:

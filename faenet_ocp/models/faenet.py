@@ -22,6 +22,7 @@ from faenet_ocp.models.base import Backbone, NodeFeatures
 from faenet_ocp.models.embedding import AtomEmbedding, EdgeEmbedding
 from faenet_ocp.models.functional import ACTIVATIONS
 from faenet_ocp.models.message_passing import BLOCKS, Graph, dense, polynomial_envelope
+from faenet_ocp.models.norms import share_of_an_atom
 from faenet_ocp.models.options import FAENetOptions
 from faenet_ocp.targets import Target
 
@@ -61,13 +62,15 @@ class FAENet(Backbone):
         envelope = None
         if self.options.envelope == "polynomial":
             envelope = polynomial_envelope(torch.linalg.vector_norm(edge_vec, dim=1), self.options.cutoff)
+        by_system = self.options.graph_norm == "system"
         graph = Graph(
             source=edge_index[0],
             target=edge_index[1],
             edge_embedding=self.edge_embedding(edge_vec),  # e_ij, (E, F)
             envelope=envelope,
-            norm_batch=batch if self.options.graph_norm == "system" else None,
+            norm_batch=batch if by_system else None,
             num_systems=num_systems,
+            norm_share=share_of_an_atom(edge_vec.new_empty(len(batch), 1), batch, num_systems) if by_system else None,
         )
         h = self.atom_embedding(atomic_numbers.long(), tags).to(edge_vec.dtype)  # (N, C), as precise as the positions
         hidden_states = [h]

@@ -48,18 +48,15 @@ class EnergyHead(nn.Module):
         """
         jumping = self.options.skip_co in ("concat", "add")
         states = features.hidden_states if jumping else (features.node_embedding,)
-        atom_energies = [self._atom_energy(h, features.hidden_states[0]) for h in states]  # each (N, 1)
-        energies = segment_sum(torch.cat(atom_energies, dim=1), batch, num_systems)  # (B, number of states)
+        h = torch.stack(states, dim=1)  # (N, S, C), S states
+        atom_energies = self.lin_2(self.act(self.lin_1(h)))  # (N, S, 1)
+        if self.lin_weight is not None:
+            by_initial = self.options.energy_head == "weighted-av-initial-embeds"
+            atom_energies = atom_energies * self.lin_weight(features.hidden_states[0].unsqueeze(1) if by_initial else h)
+        energies = segment_sum(atom_energies.squeeze(2), batch, num_systems)  # (B, S)
         if self.lin_skip is not None:
             return self.lin_skip(energies).squeeze(1)
         return energies.sum(dim=1)
-
-    def _atom_energy(self, h: Tensor, initial: Tensor) -> Tensor:
-        """Weighted atom energies, (N, 1)."""
-        energy = self.lin_2(self.act(self.lin_1(h)))
-        if self.lin_weight is None:
-            return energy
-        return energy * self.lin_weight(initial if self.options.energy_head == "weighted-av-initial-embeds" else h)
 
 
 class ForceHead(nn.Module):

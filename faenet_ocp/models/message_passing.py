@@ -46,6 +46,7 @@ class Graph(NamedTuple):
         edge_embedding: e_ij, (E, F).
         norm_batch: system of every atom, (N,); None to normalise over all atoms of the batch.
         num_systems: B.
+        norm_share: one over the number of atoms of each system, (B, 1); None with `norm_batch`.
         envelope: factor of the messages of every edge, (E, 1); None is one.
     """
 
@@ -54,6 +55,7 @@ class Graph(NamedTuple):
     edge_embedding: Tensor
     norm_batch: Tensor | None
     num_systems: int
+    norm_share: Tensor | None = None
     envelope: Tensor | None = None
 
 
@@ -149,7 +151,7 @@ class InteractionBlock(nn.Module):
         """Node embeddings (N, C) -> updated node embeddings (N, C)."""
         m = self.aggregate(h, graph)
         if self.norm is not None:
-            m = self.act(self.norm(m, graph.norm_batch, graph.num_systems))
+            m = self.act(self.norm(m, graph.norm_batch, graph.num_systems, graph.norm_share))
         m = self.update(m, graph)
         if self.lin_complex is not None:
             m = self.act(self.lin_complex(m))

@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch_geometric.nn.norm import GraphNorm
-from torch_geometric.utils import scatter
+
+from faenet_ocp.models.functional import segment_sum
 
 EQUIVALENT = 1e-3
 """Variance over mean square, of all channels of a system together, below which its atoms count as nearly equivalent.
@@ -82,9 +83,20 @@ class RankGraphNorm(GraphNorm):
     every number is the published norm's.
     """
 
-    def forward(self, x: Tensor, batch: Tensor | None = None, batch_size: int | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, batch: Tensor | None = None, batch_size: int | None = None, share: Tensor | None = None
+    ) -> Tensor:
+        """Normalises x, (N, C), over the atoms of each system, or of all.
+
+        Args:
+            x: (N, C).
+            batch: system of every atom, (N,); None: all are one.
+            batch_size: B; found from `batch` unless given, for which a GPU is waited for.
+            share: `share_of_an_atom`, where it is known already.
+        """
         if batch is not None:
-            return self._of_systems(x, batch, batch_size)
+            size = int(batch.max()) + 1 if batch_size is None else batch_size
+            return self._of_systems(x, batch, share_of_an_atom(x, batch, size) if share is None else share)
         if not self.training or _world_size() == 1:
             return super().forward(x, batch, batch_size)
         mean, _ = _mean_over_ranks(x)
@@ -92,13 +104,20 @@ class RankGraphNorm(GraphNorm):
         var, _ = _mean_over_ranks(out.square())
         return self.weight * out / (var + self.eps).sqrt() + self.bias
 
-    def _of_systems(self, x: Tensor, batch: Tensor, batch_size: int | None) -> Tensor:
-        mean = scatter(x, batch, 0, batch_size, reduce="mean")
-        out = x - mean.index_select(0, batch) * self.mean_scale
-        var = scatter(out.pow(2), batch, 0, batch_size, reduce="mean")
-        # The mean square of out is that of the deviations and that of (1 - mean_scale) times the mean.
-        deviation = (var - ((1 - self.mean_scale) * mean).square()).clamp(min=0).sum(dim=1, keepdim=True)
-        square = deviation + mean.square().sum(dim=1, keepdim=True)
-        fading = (1 - deviation / (EQUIVALENT * square).clamp(min=1e-30)).clamp(min=0).square()
-        out = out - (x - mean.index_select(0, batch)) * fading.index_select(0, batch)
-        return self.weight * out / (var + self.eps).sqrt().index_select(0, batch) + self.bias
+    def _of_systems(self, x: Tensor, batch: Tensor, share: Tensor) -> Tensor:
+        size = len(share)
+        mean = segment_sum(x, batch, size) * share
+        deviations = x - mean.index_select(0, batch)
+        variance = segment_sum(deviations.square(), batch, size) * share
+        offset = mean * (1 - self.mean_scale)
+        scale = self.weight * (variance + offset.square() + self.eps).rsqrt()
+        spread = variance.sum(dim=1, keepdim=True)
+        square = spread + mean.square().sum(dim=1, keepdim=True)
+        q = (spread / (EQUIVALENT * square).clamp(min=1e-30)).clamp(max=1)
+        of_deviations, constant = scale * (q * (2 - q)), scale * offset + self.bias
+        return deviations * of_deviations.index_select(0, batch) + constant.index_select(0, batch)
+
+
+def share_of_an_atom(x: Tensor, batch: Tensor, num_systems: int) -> Tensor:
+    """One over the number of atoms of each system, (B, 1), in the precision of x, (N, C)."""
+    return segment_sum(torch.ones_like(x[:, :1]), batch, num_systems).clamp(min=1).reciprocal()

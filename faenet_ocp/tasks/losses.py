@@ -30,7 +30,8 @@ class SummedLoss(nn.Module):
     def forward(self, pred: Tensor, target: Tensor, mask: Tensor, natoms: Tensor) -> Tensor:
         """Sum over the rows where mask is true; pred and target (B,) or (N, 3), mask (B,) or (N,)."""
         values = self.fn(pred, target, natoms)
-        return self.coefficient * values[mask].sum()
+        counted = mask.view(-1, *[1] * (values.dim() - 1))
+        return self.coefficient * values.where(counted, 0.0).sum()  # values[mask] would wait for a GPU
 
     def num_terms(self, target: Tensor, mask: Tensor) -> Tensor:
         """How many terms the sum has: systems, atoms (l2mae) or components."""

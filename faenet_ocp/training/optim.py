@@ -1,17 +1,17 @@
 """Optimiser, learning-rate schedule and average of the weights, as the section `optim:` asks for them."""
 
+import inspect
 import logging
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim.swa_utils import AveragedModel
 
 from faenet_ocp.config.optim import OptimConfig, PlateauConfig
-
-_Tensors = tuple[Tensor, ...] | list[Tensor]
 
 
 def total_steps(optim: OptimConfig, steps_per_epoch: int) -> int:
@@ -85,8 +85,12 @@ class Plateau:
         self._scheduler.best, self._scheduler.num_bad_epochs = state["best"], state["num_bad_epochs"]
 
 
-def make_optimizer(optim: OptimConfig) -> Callable[..., torch.optim.Optimizer]:
+def make_optimizer(optim: OptimConfig, device: torch.device | str = "cpu") -> Callable[..., torch.optim.Optimizer]:
     """The optimiser of `torch.optim` that the config names, called with `params`.
+
+    Args:
+        optim: the `optim:` section.
+        device: of the parameters; on a GPU an optimiser that can be `fused` is, unless `optimizer_params` says.
 
     Raises:
         ValueError: there is no such optimiser, or it does not take the given arguments.
@@ -95,6 +99,8 @@ def make_optimizer(optim: OptimConfig) -> Callable[..., torch.optim.Optimizer]:
     if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
         raise ValueError(f"optim.optimizer: torch.optim has no optimiser {optim.optimizer!r}; e.g. AdamW, Adam, SGD")
     arguments = {"lr": optim.lr_initial, "weight_decay": optim.weight_decay, **optim.optimizer_params}
+    if torch.device(device).type == "cuda" and "fused" in inspect.signature(cls).parameters:
+        arguments = {"fused": True, **arguments}
 
     def build(params: Any) -> torch.optim.Optimizer:
         try:
@@ -106,17 +112,22 @@ def make_optimizer(optim: OptimConfig) -> Callable[..., torch.optim.Optimizer]:
     return build
 
 
-def warming_ema(decay: float) -> Callable[[_Tensors, _Tensors, Tensor | int], None]:
-    """EMA whose decay grows from 0.1 to `decay` as (1 + n) / (10 + n): early averages are not the initial weights."""
+class WarmingEMA(AveragedModel):
+    """EMA of weights whose decay grows from 0.1 to `decay` as (1 + n) / (10 + n): early ones are not the first weights.
+
+    n stays on the CPU, so that nothing waits for the device.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        super().__init__(model)
+        self.decay = decay
 
     @torch.no_grad()
-    def update(averages: _Tensors, currents: _Tensors, num_averaged: Tensor | int) -> None:
-        n = float(num_averaged)
-        weight = 1 - min(decay, (1 + n) / (10 + n))
-        for average, current in zip(averages, currents, strict=True):
-            if torch.is_floating_point(average):
-                average.lerp_(current.to(average.dtype), weight)
-            else:
-                average.copy_(current)
-
-    return update
+    def update_parameters(self, model: nn.Module) -> None:
+        """Takes the present weights into the average; buffers are copied."""
+        n = int(self.n_averaged)
+        weight = 1 - min(self.decay, (1 + n) / (10 + n)) if n else 1.0
+        torch._foreach_lerp_(list(self.module.parameters()), list(model.parameters()), weight)
+        for ours, theirs in zip(self.module.buffers(), model.buffers(), strict=True):
+            ours.copy_(theirs)
+        self.n_averaged += 1

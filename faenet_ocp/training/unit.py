@@ -21,7 +21,6 @@ from fairchem.core.units.mlip_unit.mlip_unit import MLIPTrainEvalUnit, Task
 from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from torch.optim.swa_utils import AveragedModel
 from torchtnt.framework import State
 from tqdm import tqdm
 
@@ -31,7 +30,8 @@ from faenet_ocp.evaluation import log_names
 from faenet_ocp.tasks.losses import SummedLoss, loss_mask, task_loss
 from faenet_ocp.tasks.tasks import energy_gradient_forces, has_no_forces_of_its_own
 from faenet_ocp.training.loggers import MetricLogger
-from faenet_ocp.training.optim import Plateau, learning_rate_schedule, make_optimizer, total_steps, warming_ema
+from faenet_ocp.training.nonfinite import FiniteSteps, Step
+from faenet_ocp.training.optim import Plateau, WarmingEMA, learning_rate_schedule, make_optimizer, total_steps
 
 
 class _LossTerm(NamedTuple):
@@ -84,7 +84,7 @@ class OCPTrainUnit(MLIPTrainEvalUnit):
         super().__init__(
             job_config=job_config,
             model=model,
-            optimizer_fn=make_optimizer(optim),
+            optimizer_fn=make_optimizer(optim, distutils.get_device_for_local_rank()),
             cosine_lr_scheduler_fn=lambda n_iters_per_epoch, optimizer: LambdaLR(optimizer, self.schedule),
             tasks=[task for task in tasks if task.loss_fn is not None],
             bf16=amp,
@@ -102,9 +102,10 @@ class OCPTrainUnit(MLIPTrainEvalUnit):
             forces = next(task for task in tasks if task.name == "forces")
             self.terms.append(_LossTerm("gradient", gradient_loss, forces, self._gradient_loss))
         if optim.ema_decay is not None:
-            self.ema_model = AveragedModel(self.raw_model, multi_avg_fn=warming_ema(optim.ema_decay))
+            self.ema_model = WarmingEMA(self.raw_model, optim.ema_decay)
         self.steps_per_epoch = steps_per_epoch
         self.failures = failures
+        self.steps = FiniteSteps(self.optimizer, torch.device(distutils.get_device_for_local_rank()))
         self.num_skipped, self.max_skipped = 0, optim.skip_nonfinite
         self.stop_requested = self.stopping = False
         # Counts and stop requests are known on the CPU: no need to wait for the GPU to share them.
@@ -127,7 +128,7 @@ class OCPTrainUnit(MLIPTrainEvalUnit):
         """Forward, backward and optimiser step over the micro-batches of this rank."""
         self._add_data_wait(state)
         device = distutils.get_device_for_local_rank()
-        counts = self._share(self._counts(data)).to(device)
+        counts = self._share(self._counts(data)).to(device, non_blocking=True)
         batches = [batch.to(device, non_blocking=True) for batch in data]
         self.optimizer.zero_grad(set_to_none=True)
         losses = torch.zeros(len(self.terms), device=device, dtype=torch.float64)
@@ -139,16 +140,14 @@ class OCPTrainUnit(MLIPTrainEvalUnit):
             losses += parts.detach()
         # Over all ranks, the same on each, before clipping.
         grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad_norm or math.inf)
-        if math.isfinite(float(grad_norm)):
-            self.optimizer.step()
-            if self.ema_model is not None:
-                self.ema_model.update_parameters(self.raw_model)
-        else:
-            self._skip_or_stop(batches, losses)
+        step = self.train_progress.num_steps_completed + 1
+        if self.steps.take(Step(step - 1, batches, losses), grad_norm) and self.ema_model is not None:
+            self.ema_model.update_parameters(self.raw_model)
+        for left_out in self.steps.left_out(all_steps=self.stopping or step == self.total_steps):
+            self._skip_or_stop(left_out)
         learning_rate = self.scheduler.get_last_lr()[0]
         self.scheduler.step()
         self._window["systems"] += sum(len(batch.natoms) for batch in batches)
-        step = self.train_progress.num_steps_completed + 1
         self._show_progress(step)
         if step % self.print_every == 0 or step == self.total_steps:
             self._report(step, losses, learning_rate, grad_norm)
@@ -194,13 +193,13 @@ class OCPTrainUnit(MLIPTrainEvalUnit):
         self.stopping = bool(shared[-1])
         return shared[:-1].clamp(min=1)
 
-    def _skip_or_stop(self, batches: Sequence[AtomicData], losses: Tensor) -> None:
-        """The gradient is not finite: keeps the evidence, then leaves the step out or stops.
+    def _skip_or_stop(self, left_out: Step) -> None:
+        """The gradient was not finite and the step was not taken: keeps the evidence, then goes on or stops.
 
         Raises:
-            FloatingPointError: no more steps may be left out; the weights are those before the step.
+            FloatingPointError: no more steps may be left out.
         """
-        step, rank = self.train_progress.num_steps_completed, distutils.get_rank()
+        (step, batches, losses), rank = left_out, distutils.get_rank()
         self.failures.mkdir(parents=True, exist_ok=True)
         path = self.failures / f"step_{step:08d}_rank_{rank}.pt"
         evidence = {
@@ -209,6 +208,7 @@ class OCPTrainUnit(MLIPTrainEvalUnit):
             "sids": [sid for batch in batches for sid in batch.sid],
             "batches": [{k: v.detach().cpu() for k, v in batch if isinstance(v, Tensor)} for batch in batches],
             "model": self.raw_model.state_dict(),
+            "model_step": self.train_progress.num_steps_completed,  # a GPU tells of a step when others have followed
         }
         torch.save(evidence, path)
         self.num_skipped += 1
