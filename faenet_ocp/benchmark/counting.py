@@ -14,7 +14,7 @@ torch knowing.
 import traceback
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,20 +52,18 @@ class Launch:
     result_bytes: int
 
 
-@dataclass
 class Counting(TorchDispatchMode):
     """Counts while it is entered.
 
     Attributes:
         launches: in order; views and empty tensors are none.
-        waits: name of the operation and where it was called, "file:line", of everything the host would wait for.
+        waits: name of the operation and where it was called, "file:function", of all that the host would wait for.
     """
 
-    launches: list[Launch] = field(default_factory=list)
-    waits: list[tuple[str, str]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
+    def __init__(self) -> None:
         super().__init__()
+        self.launches: list[Launch] = []
+        self.waits: list[tuple[str, str]] = []
 
     @property
     def num_launches(self) -> int:
@@ -87,7 +85,7 @@ class Counting(TorchDispatchMode):
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
         if _waits(name, args, kwargs):
-            self.waits.append((name, _place(with_line=True)))
+            self.waits.append((name, _place(with_function=True)))
         out = func(*args, **kwargs)
         given, results = list(_tensors((args, kwargs))), list(_tensors(out))
         if results and not func.is_view and not name.startswith(("empty", "new_empty", "detach", "lift_fresh")):
@@ -104,12 +102,11 @@ def _waits(name: str, args: Any, kwargs: Any) -> bool:
         return any(index.dtype == torch.bool for index in _tensors(args[1]))
     if name == "repeat_interleave":
         return kwargs.get("output_size") is None
-    if name in ("_to_copy", "copy_"):  # copies from and to the CPU, unless they are told not to
-        devices = {tensor.device.type for tensor in _tensors(args)} | {torch.device(kwargs.get("device") or "cpu").type}
-        between = {tensor.device.type for tensor in _tensors(args)} if name == "copy_" else devices
-        there = kwargs.get("device") is not None or name == "copy_"
-        blocking = not kwargs.get("non_blocking") and not (name == "copy_" and len(args) > 2 and args[2])
-        return there and len(between) > 1 and blocking
+    if name in ("_to_copy", "copy_"):  # from or to the CPU, unless it is told not to
+        devices = {tensor.device.type for tensor in _tensors(args)}
+        if kwargs.get("device") is not None:
+            devices.add(torch.device(kwargs["device"]).type)
+        return len(devices) > 1 and not kwargs.get("non_blocking") and True not in args[2:]
     return False
 
 
@@ -140,10 +137,10 @@ def _tensors(values: Any) -> Iterator[Tensor]:
             yield from _tensors(value)
 
 
-def _place(*, with_line: bool = False) -> str:
+def _place(*, with_function: bool = False) -> str:
     for frame in reversed(traceback.extract_stack(limit=60)):
         path = Path(frame.filename)
         if path.is_relative_to(_PACKAGE) and path.name != Path(__file__).name:
             name = path.relative_to(_PACKAGE).as_posix()
-            return f"{name}:{frame.lineno}" if with_line else name
+            return f"{name}:{frame.name}" if with_function else name
     return _OUTSIDE

@@ -1,0 +1,154 @@
+"""A GPU is not waited for: not in the forward pass, the losses and their gradients, nor in the step around them."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import processes
+from faenet_ocp.benchmark import models
+from faenet_ocp.benchmark.counting import Counting
+from faenet_ocp.benchmark.systems import make_batch, make_systems
+from faenet_ocp.config.schema import build_config
+from faenet_ocp.launch.cli import main
+from faenet_ocp.targets import TASKS
+from faenet_ocp.tasks.losses import task_loss
+from faenet_ocp.tasks.tasks import make_tasks
+from faenet_ocp.training import nonfinite
+from faenet_ocp.training.nonfinite import FiniteSteps, Step
+from faenet_ocp.training.unit import OCPTrainUnit
+
+META = torch.device("meta")
+STOCHASTIC = {"method": "stochastic", "dim": 2, "group": "SE"}
+
+
+@pytest.fixture
+def no_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device without numbers has none."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+
+
+def _step(task: str, model: str, *, framed: bool) -> tuple[Counting, torch.nn.Module]:
+    """Forward, losses and gradients on a device that has no numbers to wait for."""
+    batch = make_batch(make_systems([30, 50], remove_subsurface=True, **models.graph(task)), torch.device("cpu"))
+    contender = models.shipped(task, model, small=True, frames=STOCHASTIC if framed else None)
+    raw = models._shipped(task, model, small=True)
+    units = {"normalizer": {"mean": 0.0, "stdev": 1.0}, "element_references": None}
+    tasks = make_tasks(build_config(raw | {"outputs": dict.fromkeys(TASKS[task], units)}), {})
+    if framed:
+        batch.frame_rot, batch.frame_weight = torch.eye(3).repeat(2, 1, 1, 1), torch.ones(2, 1)
+    contender.module.to(META)
+    for one in tasks:
+        one.normalizer.to(META)
+    on_device = batch.to(META)
+    with Counting() as counted:
+        outputs = {name: {name: value} for name, value in contender.predict(on_device).items()}
+        torch.stack([task_loss(one, outputs, on_device) for one in tasks]).sum().backward()
+    return counted, contender.module
+
+
+@pytest.mark.usefixtures("no_autocast")
+@pytest.mark.parametrize("framed", [False, True])
+@pytest.mark.parametrize("task", ["is2re", "s2ef"])
+def test_forward_losses_and_gradients_wait_for_nothing(task: str, framed: bool) -> None:
+    counted, module = _step(task, "faenet", framed=framed)
+    assert counted.waits == []
+    assert all(parameter.grad is not None for parameter in module.parameters())
+
+
+@pytest.mark.usefixtures("no_autocast")
+@pytest.mark.parametrize("model", ["painn", "egnn", "forcenet", "gns"])
+def test_nor_do_other_models_of_this_package(model: str) -> None:
+    assert _step("s2ef", model, framed=False)[0].waits == []
+
+
+def test_waits_are_seen() -> None:
+    x = torch.arange(4.0)
+    with Counting() as counted:
+        x[x > 1]
+        float(x.sum())
+        x.nonzero()
+        torch.repeat_interleave(torch.tensor([1, 2]))
+        torch.repeat_interleave(torch.tensor([1, 2]), output_size=3)
+        x.to(META)
+        x.to(META, non_blocking=True)
+        x.index_select(0, torch.tensor([1]))
+    names = [name for name, _ in counted.waits]
+    assert names == ["index", "_local_scalar_dense", "nonzero", "repeat_interleave", "_to_copy"]
+    with pytest.raises(RuntimeError, match="meta"):
+        torch.empty(3, device=META).sum().item()
+
+
+def test_launches_and_bytes() -> None:
+    x, index = torch.zeros(100, 8), torch.zeros(1000, dtype=torch.long)
+    with Counting() as counted:
+        x.t().view(8, 100)[:, :5]
+        torch.empty(10)
+        y = x.index_select(0, index)
+        y + y[:1]
+    assert [launch.name for launch in counted.launches] == ["index_select", "add"]
+    gathered, added = counted.launches
+    assert gathered.num_bytes == 2 * 1000 * 32 + 8000
+    assert added.num_bytes == 2 * 1000 * 32 + 32
+    assert [launch.result for launch in counted.largest(1)] == ["(1000, 8) float32"]
+    assert sum(counted.bytes_by_place().values()) == gathered.num_bytes + added.num_bytes
+
+
+def test_a_step_of_training_reads_little(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU: what is read there is known to the host before the batch leaves it, or read on a CPU alone."""
+    waits: set[str] = set()
+    step = OCPTrainUnit.train_step
+
+    def counted_step(*arguments: object) -> None:
+        with Counting() as counted:
+            step(*arguments)  # type: ignore[arg-type]
+        waits.update(place for _, place in counted.waits)
+
+    monkeypatch.setattr(OCPTrainUnit, "train_step", counted_step)
+    optim = {"batch_size": 4, "max_steps": 3, "ema_decay": 0.9, "num_workers": 0}
+    data = processes.write_data(tmp_path)
+    config = processes.write_config(tmp_path / "c.yml", data, optim=optim, job={"print_every": 1000})
+    assert main(["--config", str(config), "--identifier", "run"]) == 0
+    on_the_host = {"training/unit.py:_counts", "training/unit.py:_share", "training/optim.py:update_parameters"}
+    on_cpus_alone = {"training/nonfinite.py:take", "models/base.py:check_elements"}
+    last_step = {"training/unit.py:_by_name", "training/unit.py:_report"}
+    assert waits <= on_the_host | on_cpus_alone | last_step
+    assert waits >= on_cpus_alone
+
+
+# --- Steps that are not finite ---
+
+
+@pytest.fixture
+def weights() -> Iterator[torch.nn.Parameter]:
+    yield torch.nn.Parameter(torch.ones(3))
+
+
+def _take(steps: FiniteSteps, parameter: torch.nn.Parameter, gradient: float, number: int) -> bool:
+    parameter.grad = torch.full((3,), gradient)
+    return steps.take(Step(number, [], torch.zeros(1)), parameter.grad.norm())
+
+
+@pytest.mark.parametrize("decides_on_device", [False, True])
+def test_steps_that_are_not_finite_are_left_out(weights: torch.nn.Parameter, decides_on_device: bool) -> None:
+    """The device's way can be tried on a CPU: its fused optimisers know it, too."""
+    optimizer = torch.optim.AdamW([weights], lr=0.1, fused=True)
+    plain = torch.nn.Parameter(torch.ones(3))
+    expected = torch.optim.AdamW([plain], lr=0.1, fused=True)
+    steps = FiniteSteps(optimizer, torch.device("cpu"))
+    steps.decides_on_device = decides_on_device
+    named = []
+    for number, gradient in enumerate([1.0, torch.inf, 2.0, torch.nan, 3.0]):
+        taken = _take(steps, weights, gradient, number)
+        assert taken or not decides_on_device
+        before = len(named)
+        named += [step.number for step in steps.left_out(all_steps=number == 4)]
+        if decides_on_device and number < 4:
+            assert all(found <= number - nonfinite.LAG for found in named[before:])
+        if gradient < torch.inf:
+            plain.grad = torch.full((3,), gradient)
+            expected.step()
+        assert torch.equal(weights, plain)
+    assert named == [1, 3]
