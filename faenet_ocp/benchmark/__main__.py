@@ -3,6 +3,7 @@
     python -m faenet_ocp.benchmark --output cpu.json
     python -m faenet_ocp.benchmark --device cuda --output cuda.json
     python -m faenet_ocp.benchmark --quick --output quick.json      # small networks: a check that all of it runs
+    python -m faenet_ocp.benchmark gpu --output gpu.json            # what a GPU has to tell, see `gpu`
 
 Writes OUTPUT (raw times, settings, versions) and, beside it, tables (.md).
 `python main.py --mode benchmark` takes the same arguments.
@@ -17,10 +18,6 @@ from typing import Any
 
 import torch
 
-from faenet_ocp.benchmark.report import markdown
-from faenet_ocp.benchmark.suite import GROUPS, QUICK, Settings, run
-from faenet_ocp.common.files import write_json, write_text
-
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures, writes the files and prints the tables.
@@ -28,6 +25,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         ValueError, OSError: something cannot be measured, read or written; says what.
     """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["gpu"]:
+        from faenet_ocp.benchmark import gpu
+
+        gpu.main(arguments[1:])
+        return
+
+    # Not before: the first part of `gpu` does without fairchem-core.
+    from faenet_ocp.benchmark.report import markdown
+    from faenet_ocp.benchmark.suite import GROUPS, QUICK, Settings, run
+    from faenet_ocp.common.files import write_json, write_text
+
     parser = argparse.ArgumentParser(prog="python -m faenet_ocp.benchmark", description="Measure FAENet beside others.")
     add = parser.add_argument
     add("--output", type=Path, required=True, help="JSON to write; tables (.md) go beside it")
@@ -42,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--system-sizes", type=int, nargs="+")
     add("--keep-subsurface", action="store_false", default=None, dest="remove_subsurface", help="the atoms of tag 0")
     add("--lmdb", type=Path, help="systems of this LMDB instead of generated slabs")
-    args = vars(parser.parse_args(argv))
+    args = vars(parser.parse_args(arguments))
     output, threads, quick = (args.pop(name) for name in ("output", "threads", "quick"))
     given: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in args.items() if value is not None

@@ -45,7 +45,7 @@ def load_in_each_way(
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        source = lmdb or _write_slabs(folder / "slabs.lmdb", _BATCHES * batch_size, cutoff)
+        source = lmdb or write_slabs(folder / "slabs.lmdb", _BATCHES * batch_size, cutoff)
         pack(source, folder / "packed")
         packed = folder / "packed" / source.name
         settings = {"cutoff": cutoff, "max_neighbors": max_neighbors, "labels": ["energy"]}
@@ -89,7 +89,8 @@ def _renewed(sample: Data) -> Data:
     return Data.from_dict({name: value for name, value in sample.__dict__.items() if value is not None})
 
 
-def _write_slabs(path: Path, count: int, cutoff: float) -> Path:
+def write_slabs(path: Path, count: int, cutoff: float) -> Path:
+    """An LMDB of IS2RE of generated slabs."""
     systems = make_systems(slab_sizes(count), cutoff=cutoff, max_neighbors=_STORED_NEIGHBORS, remove_subsurface=False)
     with LmdbShardWriter(path) as writer:
         for data in systems:

@@ -103,6 +103,7 @@ def shipped(
     frames: dict[str, Any] | None = None,
     amp: bool = False,
     conservative: bool = False,
+    plain: bool = False,
     name: str = "",
     **options: Any,
 ) -> Contender:
@@ -114,6 +115,7 @@ def shipped(
         frames: of the batches; None: no frames.
         amp: bfloat16 autocast.
         conservative: forces are -dE/dX through the frames, though there is a head for them.
+        plain: not accelerated for a CPU: as it is on a GPU.
         name: in tables.
         options: of the network, in place of those of the file.
     """
@@ -121,7 +123,7 @@ def shipped(
     raw["model"] |= options
     raw["frames"] = frames or {"method": "none"}
     config = build_config(raw)
-    network, tasks = build.make_model(config), make_tasks(config, {})
+    network, tasks = build.make_model(config, device="meta" if plain else "cpu"), make_tasks(config, {})
     from_energy = has_no_forces_of_its_own(network, tasks)
 
     def predict(batch: AtomicData) -> Outputs:

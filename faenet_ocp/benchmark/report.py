@@ -22,13 +22,19 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def _cells(row: dict[str, Any]) -> dict[str, str]:
-    seconds, peak = median(row["seconds"]), row["peak_bytes"]
-    return {
+    sizes = {
         "model": row["model"],
         "parameters": f"{row['parameters'] / 1e6:.2f} M" if "parameters" in row else "",
         "systems": str(row["systems"]),
         "atoms": str(row["atoms"]),
         "edges": str(row["edges"]),
+    }
+    if "launches" in row:
+        (forward, backward), moved = row["launches"], row["moved_bytes"]
+        cells = {"launches forward": str(forward), "backward": str(backward)}
+        return sizes | cells | {"GB forward": f"{moved[0] / 1e9:.2f}", "GB backward": f"{moved[1] / 1e9:.2f}"}
+    seconds, peak = median(row["seconds"]), row["peak_bytes"]
+    return sizes | {
         "speed-up": f"{row['speed_up']:.2f}",
         "(wall)": f"{row['speed_up_wall']:.2f}",
         "systems/s": f"{row['systems'] / seconds:.0f}",

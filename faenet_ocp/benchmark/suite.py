@@ -4,6 +4,8 @@ Every group is one JSON object: `name`, `task`, `mode` (inference or training st
 batch and raw times. A group that cannot run here says why instead.
 """
 
+import contextlib
+import dataclasses
 import datetime
 import platform
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +18,7 @@ from fairchem.core.datasets.atomic_data import AtomicData
 from tqdm import tqdm
 
 from faenet_ocp.benchmark import models
+from faenet_ocp.benchmark.counting import Counting
 from faenet_ocp.benchmark.data import load_in_each_way
 from faenet_ocp.benchmark.measure import measure
 from faenet_ocp.benchmark.models import OC20_TASKS, Contender, Outputs
@@ -24,7 +27,7 @@ from faenet_ocp.common.files import software_versions
 from faenet_ocp.targets import TASKS
 
 Group = dict[str, Any]
-GROUPS = ("published", "peers", "frames", "forces", "batch sizes", "system sizes", "data")
+GROUPS = ("published", "peers", "frames", "forces", "batch sizes", "system sizes", "data", "launches")
 _FEW = 8
 """Systems at most, where a model or eight frames are slow."""
 
@@ -84,7 +87,7 @@ def run(settings: Settings, *, save: Callable[[dict[str, Any]], None]) -> dict[s
         "settings": {**asdict(settings), "lmdb": settings.lmdb and settings.lmdb.name},
         "groups": groups,
     }
-    makers = (_published, _peers, _frames, _forces, _batch_sizes, _system_sizes, _data)
+    makers = (_published, _peers, _frames, _forces, _batch_sizes, _system_sizes, _data, _launches)
     chosen = dict(zip(GROUPS, makers, strict=True))
     for name in tqdm(settings.groups, desc="benchmark", unit="group", disable=None):
         groups += chosen[name](settings)
@@ -170,6 +173,26 @@ def _data(settings: Settings) -> Iterator[Group]:
         **models.graph("is2re"),
     )
     yield {"name": "data", "task": "is2re", "mode": "loading", "rows": rows}
+
+
+def _launches(settings: Settings) -> Iterator[Group]:
+    """What a GPU would be given to do: operations of forward and backward, and the bytes that these move."""
+    for task in OC20_TASKS:
+        contenders = [models.shipped(task, small=settings.small, plain=True)]
+        with contextlib.suppress(ImportError):
+            contenders.insert(0, models.published(task, small=settings.small))
+        batch, rows = settings.batch(task, settings.batch_size), []
+        for contender in contenders:
+            with Counting() as forward:
+                outputs = contender(batch)
+            with Counting() as backward:
+                sum(value.sum() for value in outputs.values()).backward()  # type: ignore[union-attr]
+            moved = [sum(launch.num_bytes for launch in part.launches) for part in (forward, backward)]
+            counts = {"launches": [forward.num_launches, backward.num_launches], "moved_bytes": moved}
+            largest = [dataclasses.asdict(launch) for launch in forward.largest(3)]
+            found = {"bytes_by_place": forward.bytes_by_place(), "largest": largest}
+            rows.append(_describe(contender, batch) | counts | found)
+        yield {"name": "launches", "task": task, "mode": "forward and backward", "rows": rows}
 
 
 # ------------------------------------------------------------------------------------ one group

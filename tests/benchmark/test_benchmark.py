@@ -179,6 +179,17 @@ def test_a_package_that_is_missing_is_said(tmp_path: Path, monkeypatch: pytest.M
     assert "not available: " in (tmp_path / "out.md").read_text()
 
 
+def test_launches_are_counted(tmp_path: Path) -> None:
+    groups = _groups(tmp_path / "out.json", "launches")
+    assert [group["task"] for group in groups] == list(OC20_TASKS)
+    for group in groups:
+        ours = group["rows"][-1]
+        assert ours["model"] == "FAENet" and 100 < ours["launches"][0] < ours["launches"][1]
+        assert sum(ours["bytes_by_place"].values()) == ours["moved_bytes"][0]
+        assert len(ours["largest"]) == 3
+    assert "| launches forward |" in (tmp_path / "out.md").read_text()
+
+
 def test_mode_benchmark(small_is2re: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The same arguments through main.py; those of runs have no meaning."""
     lmdb = str(small_is2re / "is2re/all/train/data.lmdb")
