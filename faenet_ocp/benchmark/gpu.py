@@ -163,7 +163,8 @@ def speed(settings: Settings, limits: dict[str, float]) -> list[Result]:
     networks = {"SchNet": make_schnet(small=settings.small), "FAENet": make_faenet(small=settings.small)}
     rows: list[Result] = []
     for mode, make in (("inference", inference), ("training step", training_step)):
-        functions, shown = [], []
+        functions: list[Callable[[], Any]] = []
+        shown: list[Result] = []
         for model, network in networks.items():
             network.to(settings.device).train(mode != "inference")
             work = _work(network, batch, make)
@@ -171,7 +172,7 @@ def speed(settings: Settings, limits: dict[str, float]) -> list[Result]:
                 functions.append(make(network, batch, name))
                 shown.append({"mode": mode, "model": model, "precision": name, **work})
         for name in ("fp32", "bf16"):
-            row = {"mode": mode, "model": "FAENet, torch.compile", "precision": name}
+            row: Result = {"mode": mode, "model": "FAENet, torch.compile", "precision": name}
             try:
                 compiled, seconds = _compiled(networks["FAENet"], batch, make, name, small=settings.small)
             except Exception as error:  # no compiler, or one that fails: the row says so
@@ -179,14 +180,18 @@ def speed(settings: Settings, limits: dict[str, float]) -> list[Result]:
                 continue
             functions.append(compiled)
             shown.append({**row, "first_call_seconds": seconds})
-        for row, times in zip(shown, measure(functions, settings.device, settings.rounds), strict=True):
-            seconds = median(times["seconds"])
-            row |= {"samples_per_s": settings.systems / seconds, **times}
-            if "flops" in row and limits:
-                row["share_of_arithmetic"] = row["flops"] / limits[f"{row['precision']}_flops"] / seconds
-                row["share_of_memory"] = row["bytes"] / limits["bytes_per_s"] / seconds
-            rows.append(row)
+        for described, times in zip(shown, measure(functions, settings.device, settings.rounds), strict=True):
+            rows.append({**described, **times, **_rates(described, median(times["seconds"]), settings, limits)})
     return rows
+
+
+def _rates(row: Result, seconds: float, settings: Settings, limits: dict[str, float]) -> Result:
+    """Samples per second, and shares of what the device reaches."""
+    rates = {"samples_per_s": settings.systems / seconds}
+    if "flops" in row:
+        rates["share_of_arithmetic"] = row["flops"] / limits[f"{row['precision']}_flops"] / seconds
+        rates["share_of_memory"] = row["bytes"] / limits["bytes_per_s"] / seconds
+    return rates
 
 
 def _compiled(

@@ -1,6 +1,8 @@
 """The trainer on a device: the same short run on the CPU and there, whose losses have to be the same."""
 
 import json
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from statistics import median
@@ -10,9 +12,9 @@ import torch
 import yaml
 
 from faenet_ocp.benchmark.data import write_slabs
-from faenet_ocp.launch.cli import main
 
 _STEPS = 20
+_COMMAND = "import sys; from faenet_ocp.launch.entry import main; sys.exit(main())"
 
 
 def train_on(device: torch.device, *, small: bool) -> dict[str, Any]:
@@ -64,7 +66,9 @@ def _run(folder: Path, kind: str, *, small: bool) -> list[dict[str, float]]:
     }
     path = folder / f"{kind}.yml"
     path.write_text(yaml.safe_dump(config))
-    if main(["--config", str(path), "--identifier", kind]) != 0:
-        raise RuntimeError(f"training on {kind} failed")
+    arguments = ["--config", str(path), "--identifier", kind]
+    done = subprocess.run([sys.executable, "-c", _COMMAND, *arguments], capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"training on {kind} failed: {done.stderr.strip()}")
     lines = (folder / "runs" / kind / "logs" / "metrics.jsonl").read_text().splitlines()
     return [record for record in map(json.loads, lines) if "train/loss" in record]
