@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from faenet_ocp.common.transfer import Fetched
 from faenet_ocp.data.fields import exact_label
 from faenet_ocp.evaluation.by_atoms import ADSORBATE, ByAtoms
 from faenet_ocp.evaluation.metrics import (
@@ -74,7 +75,7 @@ def predict(
             with torch.autocast(device_type=device.type, dtype=torch.bfloat16, enabled=amp):
                 outputs = conservative_outputs(model, tasks, on_device) if conservative else model(on_device)
             clock.stop()
-            launched.append(_Launched(batch, to_physical(tasks, outputs, on_device), clock))
+            launched.append(_Launched(batch, Fetched(to_physical(tasks, outputs, on_device)), clock))
             if device.type == "cpu" or len(launched) > 1:
                 yield launched.popleft().arrived()
         while launched:
@@ -106,21 +107,15 @@ class _Clock:
         return start.elapsed_time(end) / 1000
 
 
-class _Launched:
-    """A batch whose predictions are being made, and on their way to the CPU."""
+class _Launched(NamedTuple):
+    """A batch whose predictions are being made, and fetched."""
 
-    def __init__(self, batch: AtomicData, predictions: Mapping[str, Tensor], clock: _Clock) -> None:
-        self.batch, self.clock = batch, clock
-        self.predictions = {name: value.to("cpu", non_blocking=True) for name, value in predictions.items()}
-        self.device = next(iter(predictions.values())).device
-        self.end = torch.cuda.Event() if self.device.type == "cuda" else None
-        if self.end is not None:
-            self.end.record()
+    batch: AtomicData
+    predictions: Fetched
+    clock: _Clock
 
     def arrived(self) -> tuple[AtomicData, dict[str, Tensor], float]:
-        if self.end is not None:
-            self.end.synchronize()
-        return self.batch, self.predictions, self.clock.seconds()
+        return self.batch, self.predictions.wait(), self.clock.seconds()
 
 
 @dataclass

@@ -173,7 +173,7 @@ class Predictor:
         """
         structures = _checked_list(structures)
         samples = [self._named_sample(atoms) for atoms in structures]
-        batch = atomicdata_list_to_batch(samples).to(self.device)
+        batch = atomicdata_list_to_batch(samples)
         if self.config.frames.evaluation_method == "stochastic":  # of the other kinds the model makes its own
             batch.frame_rot, batch.frame_weight = compute_frames(
                 batch.pos, batch.batch, len(samples), generator=self.generator, **self.model.frames

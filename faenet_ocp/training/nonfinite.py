@@ -13,6 +13,8 @@ import torch
 from fairchem.core.datasets.atomic_data import AtomicData
 from torch import Tensor
 
+from faenet_ocp.common.transfer import Fetched
+
 LAG = 2
 """Steps that the host may be ahead of what it knows of the device."""
 
@@ -40,9 +42,9 @@ class FiniteSteps:
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-        self.optimizer, self.device = optimizer, device
+        self.optimizer = optimizer
         self.decides_on_device = device.type != "cpu" and getattr(optimizer, "_step_supports_amp_scaling", False)
-        self._pending: deque[tuple[Step, Tensor, torch.cuda.Event | None]] = deque()
+        self._pending: deque[tuple[Step, Fetched]] = deque()
 
     def take(self, step: Step, grad_norm: Tensor) -> bool:
         """Takes the step unless `grad_norm` is not finite.
@@ -54,30 +56,19 @@ class FiniteSteps:
         if self.decides_on_device:
             self.optimizer.found_inf = finite.logical_not().float()  # type: ignore[attr-defined]
             self.optimizer.step()
-            self._pending.append((step, *self._on_host(finite)))
+            self._pending.append((step, Fetched({"finite": finite})))
             return True
         taken = bool(finite)
         if taken:
             self.optimizer.step()
         else:
-            self._pending.append((step, finite, None))
+            self._pending.append((step, Fetched({"finite": finite})))
         return taken
 
     def left_out(self, *, all_steps: bool) -> Iterator[Step]:
         """Steps that were not taken and not yet named; `all_steps`: also of the last ones, which may take a wait."""
         lag = LAG if self.decides_on_device and not all_steps else 0
         while len(self._pending) > lag:
-            step, finite, arrived = self._pending.popleft()
-            if arrived is not None:
-                arrived.synchronize()
-            if not finite:
+            step, fetched = self._pending.popleft()
+            if not fetched.wait()["finite"]:
                 yield step
-
-    def _on_host(self, finite: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
-        """A copy that is on its way, and what says that it has arrived."""
-        if self.device.type != "cuda":
-            return finite.to("cpu"), None
-        copy = torch.empty_like(finite, device="cpu", pin_memory=True).copy_(finite, non_blocking=True)
-        arrived = torch.cuda.Event()
-        arrived.record()
-        return copy, arrived
