@@ -12,6 +12,7 @@ import dataclasses
 import datetime
 import json
 import os
+import socket
 import sys
 import time
 import warnings
@@ -171,6 +172,7 @@ def speed(settings: Settings, limits: dict[str, float]) -> list[Result]:
             for name in _MATMUL:
                 functions.append(make(network, batch, name))
                 shown.append({"mode": mode, "model": model, "precision": name, **work})
+        torch.compiler.reset()
         for name in ("fp32", "bf16"):
             row: Result = {"mode": mode, "model": "FAENet, torch.compile", "precision": name}
             try:
@@ -198,7 +200,6 @@ def _compiled(
     network: nn.Module, batch: MadeBatch, make: Callable[..., Callable[[], Any]], name: str, *, small: bool
 ) -> tuple[Callable[[], Any], float]:
     """A step of the compiled network, and how long its first call took; `small`: traced, but nothing is generated."""
-    torch.compiler.reset()
     start = time.perf_counter()
     backend = "eager" if small else "inductor"
     step = make(torch.compile(network, dynamic=True, fullgraph=True, backend=backend), batch, name)
@@ -252,8 +253,6 @@ def ranks(settings: Settings) -> list[Result]:
 
 
 def _free_port() -> int:
-    import socket
-
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return int(found.getsockname()[1])

@@ -17,7 +17,7 @@ from faenet_ocp import build
 from faenet_ocp.benchmark.published import build_published
 from faenet_ocp.config.schema import build_config
 from faenet_ocp.config.yaml import find_config, load_yaml
-from faenet_ocp.models.frame_averaging import shallow_copy
+from faenet_ocp.data.fields import shallow_copy
 from faenet_ocp.models.reference_weights import load_reference_state_dict
 from faenet_ocp.targets import TASKS
 from faenet_ocp.tasks.tasks import (

@@ -9,6 +9,7 @@ Conventions: edge_index[0] is the source (neighbour) j, edge_index[1] the target
 pos[j] - pos[i] + cell_offsets @ cell, lattice vectors in rows. Lengths in Angstrom.
 """
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import repeat
@@ -149,6 +150,13 @@ def exact_label(batch: Any, name: str) -> Tensor:
     """
     label = batch[name]
     return label.double() + batch[name + REMAINDER] if name + REMAINDER in batch else label
+
+
+def shallow_copy(batch: Any) -> Any:
+    """Another AtomicData with the same tensors, whose fields can be replaced."""
+    result = copy.copy(batch)
+    result.__keys__ = set(batch.__keys__)
+    return result
 
 
 # Reading a field of records

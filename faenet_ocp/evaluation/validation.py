@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from faenet_ocp.common.transfer import Fetched
-from faenet_ocp.data.fields import exact_label
+from faenet_ocp.data.fields import exact_label, shallow_copy
 from faenet_ocp.evaluation.by_atoms import ADSORBATE, ByAtoms
 from faenet_ocp.evaluation.metrics import (
     BaselineMetrics,
@@ -71,7 +71,8 @@ def predict(
     launched: deque[_Launched] = deque()
     try:
         for batch in batches:
-            on_device, clock = batch.to(device, non_blocking=True), _Clock(device)
+            # A copy: fairchem's `to` moves the batch itself, whose labels are to stay where they are.
+            on_device, clock = shallow_copy(batch).to(device, non_blocking=True), _Clock(device)
             with torch.autocast(device_type=device.type, dtype=torch.bfloat16, enabled=amp):
                 outputs = conservative_outputs(model, tasks, on_device) if conservative else model(on_device)
             clock.stop()

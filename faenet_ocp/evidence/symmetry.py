@@ -19,14 +19,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from faenet_ocp.data.fields import exact_label, level_of
+from faenet_ocp.data.fields import exact_label, level_of, shallow_copy
 from faenet_ocp.data.loader import even_slice, load_batch
 from faenet_ocp.data.transforms import Compose
 from faenet_ocp.evaluation.validation import predict
 from faenet_ocp.frames import centroids
 from faenet_ocp.frames.report import frame_report
 from faenet_ocp.frames.rotations import random_rotations
-from faenet_ocp.models.frame_averaging import FrameAveragedModel, shallow_copy, with_graph
+from faenet_ocp.models.frame_averaging import FrameAveragedModel, with_graph
 from faenet_ocp.targets import Target
 from faenet_ocp.tasks.tasks import TargetTask
 

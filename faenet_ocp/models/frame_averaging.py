@@ -6,7 +6,6 @@ in one frame) -> backbone and heads on the views -> rotated back and averaged ov
 Legend: N atoms, E edges, B systems, K frames of a system, V views. Row vectors: X' = (X - t) U, C' = C U, F = F' U^T.
 """
 
-import copy
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -16,7 +15,7 @@ from fairchem.core.datasets.atomic_data import AtomicData
 from fairchem.core.models.base import HydraModel
 from torch import Tensor
 
-from faenet_ocp.data.fields import level_of
+from faenet_ocp.data.fields import level_of, shallow_copy
 from faenet_ocp.frames import Frames, Views, centroids, compute_frames, flatten_frames, rotate, rotate_back
 from faenet_ocp.graph.neighbors import build_graph
 from faenet_ocp.models.base import Backbone
@@ -191,13 +190,6 @@ def _views(frames: Frames) -> Views:
         systems = torch.arange(len(frames.rot), device=frames.rot.device)
         return Views(frames.rot[:, 0], frames.weight[:, 0], systems)
     return flatten_frames(frames)
-
-
-def shallow_copy(data: AtomicData) -> AtomicData:
-    """Another AtomicData with the same tensors, whose fields can be replaced."""
-    result = copy.copy(data)
-    result.__keys__ = set(data.__keys__)
-    return result
 
 
 def _without_frames(data: AtomicData) -> AtomicData:

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from fairchem.core.datasets.atomic_data import AtomicData
 
 import processes
 from faenet_ocp.benchmark import models
 from faenet_ocp.benchmark.counting import Counting
 from faenet_ocp.benchmark.systems import make_batch, make_systems
 from faenet_ocp.config.schema import build_config
+from faenet_ocp.evaluation import validation
 from faenet_ocp.launch.cli import main
 from faenet_ocp.targets import TASKS
 from faenet_ocp.tasks.losses import task_loss
@@ -62,6 +64,43 @@ def test_forward_losses_and_gradients_wait_for_nothing(task: str, framed: bool) 
 @pytest.mark.parametrize("model", ["painn", "egnn", "forcenet", "gns"])
 def test_nor_do_other_models_of_this_package(model: str) -> None:
     assert _step("s2ef", model, framed=False)[0].waits == []
+
+
+@pytest.mark.usefixtures("no_autocast")
+def test_evaluation_keeps_labels_on_the_host_and_a_batch_at_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The numbers of a batch are looked at when the next one has been given to the device."""
+    monkeypatch.setattr(validation, "Fetched", _Made)
+    contender = models.shipped("is2re", small=True)
+    contender.module.to(META)
+    tasks = make_tasks(build_config(models._shipped("is2re", small=True) | {"outputs": _UNITS}), {})
+    for one in tasks:
+        one.normalizer.to(META)
+    order = []
+
+    def batches() -> Iterator[AtomicData]:
+        for number in range(3):
+            order.append(f"taken {number}")
+            yield make_batch(make_systems([20], remove_subsurface=False, **models.graph("is2re")), torch.device("cpu"))
+
+    for number, (batch, predictions, _) in enumerate(validation.predict(contender.module, tasks, batches())):
+        order.append(f"given {number}")
+        assert {value.device.type for _, value in batch if isinstance(value, torch.Tensor)} == {"cpu"}
+        assert predictions["energy"].shape == (1,)
+    assert order == ["taken 0", "taken 1", "given 0", "taken 2", "given 1", "given 2"]
+
+
+class _Made:
+    """Stands for numbers that a device without any cannot give."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+        assert {tensor.device for tensor in tensors.values()} == {META}
+        self.shapes = {name: tensor.shape for name, tensor in tensors.items()}
+
+    def wait(self) -> dict[str, torch.Tensor]:
+        return {name: torch.zeros(shape) for name, shape in self.shapes.items()}
+
+
+_UNITS = {"energy": {"normalizer": {"mean": 0.0, "stdev": 1.0}, "element_references": None}}
 
 
 def test_waits_are_seen() -> None:
