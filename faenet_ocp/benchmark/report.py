@@ -40,6 +40,8 @@ def _cells(row: dict[str, Any]) -> dict[str, str]:
         "systems/s": f"{row['systems'] / seconds:.0f}",
         "us/atom": f"{1e6 * seconds / row['atoms']:.0f}",
         "peak MB": "" if peak is None else f"{peak / 1e6:.0f}",
+        "start ms": f"{1000 * row['start_seconds']:.0f}" if "start_seconds" in row else "",
+        **{f"processes for {rate}/s": str(count) for rate, count in row.get("processes", {}).items()},
         "kB/system": f"{row['bytes'] / row['systems'] / 1000:.1f}" if "bytes" in row else "",
         "difference": f"{max(row['difference'].values()):.0e}" if "difference" in row else "",
     }

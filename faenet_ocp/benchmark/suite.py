@@ -20,6 +20,7 @@ from tqdm import tqdm
 from faenet_ocp.benchmark import models
 from faenet_ocp.benchmark.counting import Counting
 from faenet_ocp.benchmark.data import load_in_each_way
+from faenet_ocp.benchmark.growth import evaluations_of_sizes, files_of_sizes
 from faenet_ocp.benchmark.measure import measure
 from faenet_ocp.benchmark.models import OC20_TASKS, Contender, Outputs
 from faenet_ocp.benchmark.systems import make_batch, make_systems, read_systems, slab_sizes
@@ -27,7 +28,18 @@ from faenet_ocp.common.files import software_versions
 from faenet_ocp.targets import TASKS
 
 Group = dict[str, Any]
-GROUPS = ("published", "peers", "frames", "forces", "batch sizes", "system sizes", "data", "launches")
+GROUPS = (
+    "published",
+    "peers",
+    "frames",
+    "forces",
+    "batch sizes",
+    "system sizes",
+    "data",
+    "records",
+    "evaluation",
+    "launches",
+)
 _FEW = 8
 """Systems at most, where a model or eight frames are slow."""
 
@@ -42,6 +54,7 @@ class Settings:
         batch_size: systems of a batch, where sizes are not what is varied.
         batch_sizes: of the group of that name.
         system_sizes: atoms of one system, of the group of that name.
+        counts: records of a file and systems of an evaluation, of the groups "records" and "evaluation".
         rounds: how often each row is timed.
         small: networks with few channels: for a check that everything runs.
         remove_subsurface: without the atoms of tag 0, as FAENet is trained.
@@ -52,7 +65,8 @@ class Settings:
     groups: tuple[str, ...] = GROUPS
     batch_size: int = 32
     batch_sizes: tuple[int, ...] = (1, 8, 32, 64, 128, 256)
-    system_sizes: tuple[int, ...] = (50, 150, 500, 1500, 5000)
+    system_sizes: tuple[int, ...] = (20, 50, 100, 225, 1000, 5000)
+    counts: tuple[int, ...] = (10_000, 100_000, 1_000_000)
     rounds: int = 5
     small: bool = False
     remove_subsurface: bool = True
@@ -68,7 +82,7 @@ class Settings:
         return make_batch(systems, torch.device(self.device))
 
 
-QUICK = Settings(batch_size=2, batch_sizes=(1, 4), system_sizes=(20, 60), rounds=1, small=True)
+QUICK = Settings(batch_size=2, batch_sizes=(1, 4), system_sizes=(20, 60), counts=(300, 1000), rounds=1, small=True)
 
 
 def run(settings: Settings, *, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
@@ -87,7 +101,8 @@ def run(settings: Settings, *, save: Callable[[dict[str, Any]], None]) -> dict[s
         "settings": {**asdict(settings), "lmdb": settings.lmdb and settings.lmdb.name},
         "groups": groups,
     }
-    makers = (_published, _peers, _frames, _forces, _batch_sizes, _system_sizes, _data, _launches)
+    network = (_published, _peers, _frames, _forces, _batch_sizes, _system_sizes)
+    makers = (*network, _data, _records, _evaluation, _launches)
     chosen = dict(zip(GROUPS, makers, strict=True))
     for name in tqdm(settings.groups, desc="benchmark", unit="group", disable=None):
         groups += chosen[name](settings)
@@ -150,7 +165,7 @@ def _batch_sizes(settings: Settings) -> Iterator[Group]:
         (models.shipped("is2re", small=settings.small, name=f"{size} systems"), settings.batch("is2re", size))
         for size in settings.batch_sizes
     ]
-    return _groups("batch sizes", "is2re", settings, rows, modes=("inference",))
+    return _groups("batch sizes", "is2re", settings, rows)
 
 
 def _system_sizes(settings: Settings) -> Iterator[Group]:
@@ -160,7 +175,7 @@ def _system_sizes(settings: Settings) -> Iterator[Group]:
         systems = make_systems([size] * max(1, 500 // size), remove_subsurface=False, **models.graph("is2re"))
         contender = models.shipped("is2re", small=settings.small, name=f"{size} atoms each")
         rows.append((contender, make_batch(systems, torch.device(settings.device))))
-    return _groups("system sizes", "is2re", settings, rows, modes=("inference",))
+    return _groups("system sizes", "is2re", settings, rows)
 
 
 def _data(settings: Settings) -> Iterator[Group]:
@@ -173,6 +188,18 @@ def _data(settings: Settings) -> Iterator[Group]:
         **models.graph("is2re"),
     )
     yield {"name": "data", "task": "is2re", "mode": "loading", "rows": rows}
+
+
+def _records(settings: Settings) -> Iterator[Group]:
+    """Small and large files: start, memory and speed of a process that loads; on the CPU in any case."""
+    rows = files_of_sizes(settings.counts, rounds=settings.rounds, **models.graph("is2re"))
+    yield {"name": "records", "task": "is2re", "mode": "loading", "rows": rows}
+
+
+def _evaluation(settings: Settings) -> Iterator[Group]:
+    """Small and large splits, all but the model; on the CPU in any case."""
+    rows = evaluations_of_sizes(settings.counts, rounds=settings.rounds)
+    yield {"name": "evaluation", "task": "is2re", "mode": "all but the model", "rows": rows}
 
 
 def _launches(settings: Settings) -> Iterator[Group]:

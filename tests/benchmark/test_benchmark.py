@@ -203,7 +203,7 @@ def test_mode_benchmark(small_is2re: Path, tmp_path: Path, capsys: pytest.Captur
     quick = ["--quick", "--groups", "batch sizes", "--batch-sizes", "1", "3", "--keep-subsurface", "--lmdb", lmdb]
     assert cli.main([*arguments, *quick]) == 0
     assert "### batch sizes: IS2RE, inference" in capsys.readouterr().out
-    (group,) = json.loads((tmp_path / "out.json").read_text())["groups"]
+    group, _ = json.loads((tmp_path / "out.json").read_text())["groups"]
     assert [(row["systems"], row["atoms"] > 12 * row["systems"]) for row in group["rows"]] == [(1, True), (3, True)]
 
 
@@ -213,3 +213,17 @@ def test_errors_are_one_line(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("error: ") and "none.lmdb" in done.stderr
+
+
+@pytest.mark.slow  # a process of its own for each file
+def test_files_and_evaluations_of_several_sizes(tmp_path: Path) -> None:
+    records, evaluation = _groups(tmp_path / "out.json", "records", "evaluation")
+    assert [(row["model"], row["systems"]) for row in records["rows"]] == [
+        ("300 records", 300),
+        ("1,000 records", 1000),
+    ]
+    for row in records["rows"]:
+        assert row["start_seconds"] > 0 and 5 * row["systems"] <= row["atoms"] <= 8 * row["systems"]
+        assert row["bytes"] > 1000 * row["systems"] and row["edges"] > row["atoms"]
+    assert [row["systems"] for row in evaluation["rows"]] == [256, 768]
+    assert "| start ms |" in (tmp_path / "out.md").read_text()
