@@ -1,6 +1,7 @@
 """`--mode symmetry`: motions, what they leave equal, and the command on a trained checkpoint, on one and two ranks."""
 
 import json
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,13 @@ def test_the_command(small_s2ef: Path, s2ef_checkpoint: Path, tmp_path: Path, ca
     assert (tmp_path / "one" / "results" / "symmetry.png").stat().st_size > 10_000
     assert main([*command, "--identifier", "one"]) == 2
     assert "has results already" in capsys.readouterr().err
+    script = runpy.run_path(str(ROOT / "scripts" / "symmetry_table.py"))["main"]
+    script([str(tmp_path / "one"), "--output", str(tmp_path / "runs.json")])
+    table, ((name, kept),) = capsys.readouterr().out, json.loads((tmp_path / "runs.json").read_text()).items()
+    rows = [line for line in table.splitlines() if line.startswith(f"| {name} ")]
+    assert f" {1e3 * energies['mean']:.3g} |" in rows[0] and len(rows) == 2 == len(kept)
+    with pytest.raises(SystemExit, match=r"has no results/symmetry\.json"):
+        script([str(tmp_path)])
     assert main(["--config", "x.yml", "--max-systems", "3"]) == 2
     assert "--max-systems: is for --mode symmetry" in capsys.readouterr().err
 
