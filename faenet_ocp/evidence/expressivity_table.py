@@ -13,7 +13,7 @@ from tqdm import tqdm
 from faenet_ocp.common.files import software_versions, write_json, write_text
 from faenet_ocp.common.pool import ordered_map
 from faenet_ocp.evaluation.tables import padded
-from faenet_ocp.evidence.expressivity import Accuracy, congruence, pairs, rows, spread, train
+from faenet_ocp.evidence.expressivity import Accuracy, Pair, congruence, pairs, rows, spread, train
 
 FORMAT = 1
 _SAVE_EVERY = 5.0
@@ -79,7 +79,7 @@ def _read(out: Path, epochs: int) -> dict[str, Any]:
 
 
 def render(found: Mapping[str, Any]) -> str:
-    """Markdown: for each pair a row of every network, best epoch / last epoch / moved copies in percent."""
+    """Markdown: `summary`, then for each pair a row of every network with deviations over seeds."""
     lines = [["Network", "Pair", "Congruent", "Best epoch", "Last epoch", "Moved copies", "Seeds"]]
     networks, graphs = rows(), list(pairs())
     for (row, pair), key in _keys().items():
@@ -88,10 +88,30 @@ def render(found: Mapping[str, Any]) -> str:
             continue
         shown = spread([Accuracy(*value) for value in values])
         cells = [f"{mean:.0f} +- {deviation:.0f}" for mean, deviation in shown.values()]
-        same = congruence(graphs[pair].first, graphs[pair].second)
-        name = f"{graphs[pair].test}: {graphs[pair].name}"
-        lines.append([networks[row].name, name, same, *cells, str(len(values))])
-    return f"{padded(lines)}\n\n{_NOTE}\n"
+        lines.append([networks[row].name, _name(graphs[pair]), _congruent(graphs[pair]), *cells, str(len(values))])
+    return f"{summary(found)}\n{padded(lines)}\n\n{_NOTE}\n"
+
+
+def summary(found: Mapping[str, Any]) -> str:
+    """Markdown: a row for each pair, a column for each network; means of best epoch / last epoch / moved copies."""
+    networks, graphs, keys = rows(), list(pairs()), _keys()
+    lines = [["Pair", "Congruent", *(network.name for network in networks)]]
+    for number, pair in enumerate(graphs):
+        cells = []
+        for row in range(len(networks)):
+            values = found["accuracy"].get(keys[row, number], [])
+            shown = spread([Accuracy(*value) for value in values]) if values else {}
+            cells.append(" / ".join(f"{mean:.0f}" for mean, _ in shown.values()))
+        lines.append([_name(pair), _congruent(pair), *cells])
+    return padded(lines) + "\n"
+
+
+def _name(pair: Pair) -> str:
+    return f"{pair.test}: {pair.name}"
+
+
+def _congruent(pair: Pair) -> str:
+    return congruence(pair.first, pair.second)
 
 
 _NOTE = (

@@ -65,7 +65,8 @@ class FrameAveragedModel(HydraModel):
         if frames is None:
             return super().forward(data)
         origin = centroids(data.pos, data.batch, len(data.natoms), dim=self.frames["dim"])
-        views = ViewBatch(data, frames, origin if through_frames else origin.detach())
+        every = self.frames["method"] == "full"
+        views = ViewBatch(data, frames, origin if through_frames else origin.detach(), every=every)
         return views.average(super().forward(views.data), required=self.output_heads.keys())
 
     def frames_for(self, data: AtomicData, *, through_frames: bool = False) -> Frames | None:
@@ -90,6 +91,8 @@ class ViewBatch:
         data: batch of B systems.
         frames: of the systems.
         origin: t of each system, (B, 3).
+        every: take all frames, without a look at their weights, for which a GPU would be waited for; those of weight 0
+            cost time then and change nothing.
 
     Attributes:
         data: batch of V systems with M atoms, eqs. (3) and (4).
@@ -101,29 +104,46 @@ class ViewBatch:
         ValueError: the batch has a field that `data.fields` does not know, so that it has no place in views.
     """
 
-    def __init__(self, data: AtomicData, frames: Frames, origin: Tensor) -> None:
+    def __init__(self, data: AtomicData, frames: Frames, origin: Tensor, *, every: bool = False) -> None:
         self.num_atoms, self.num_systems = len(data.pos), len(data.natoms)
-        self.views = _views(frames)
+        self._num_views = frames.rot.shape[1] if every or frames.rot.shape[1] == 1 else None  # of each system
+        self.views = flatten_frames(frames) if self._num_views is None else _all_views(frames)
         self.data = _without_frames(data)
         centred = data.pos - origin[data.batch]
         if len(self.views.system) == self.num_systems:  # one view each: the systems keep their places
             self.atom, self.atom_view = torch.arange(self.num_atoms, device=data.pos.device), data.batch
         else:
-            self.atom, self.atom_view = _members(data.natoms, self.views.system)
+            self.atom, self.atom_view = self._members(data.natoms, self.num_atoms)
             self._repeat_systems(data)
         self.data.pos = rotate(centred[self.atom], self.views.rot[self.atom_view])
         self.data.cell = rotate(self.data.cell, self.views.rot)
 
     def _repeat_systems(self, data: AtomicData) -> None:
         """Every field for the views, by its level."""
-        edge, edge_view = _members(data.nedges, self.views.system)
+        edge, edge_view = self._members(data.nedges, data.edge_index.shape[1])
         rows = {"atom": self.atom, "edge": edge, "system": self.views.system}
         for name in self.data.keys():  # noqa: SIM118  # iterating over the batch gives values, too
             if name not in ("batch", "edge_index"):
-                setattr(self.data, name, _rows(getattr(data, name), rows[level_of(name)]))
+                setattr(self.data, name, self._rows(getattr(data, name), rows[level_of(name)]))
         shift = _starts(self.data.natoms)[edge_view] - _starts(data.natoms)[self.views.system][edge_view]
         self.data.edge_index = data.edge_index[:, edge] + shift
         self.data.batch = self.atom_view
+
+    def _members(self, counts: Tensor, total: int) -> tuple[Tensor, Tensor]:
+        """The rows of the views, of `total` atoms or edges, system after system, and the view of each."""
+        systems, size = self.views.system, None if self._num_views is None else self._num_views * total
+        chosen = counts[systems]
+        place = torch.repeat_interleave(torch.arange(len(systems), device=counts.device), chosen, output_size=size)
+        within = torch.arange(len(place), device=counts.device) - _starts(chosen)[place]
+        return _starts(counts)[systems][place] + within, place
+
+    def _rows(self, values: Any, rows: Tensor) -> Any:
+        """These rows of a tensor; a list, which has something for each system, for the views."""
+        if isinstance(values, Tensor):
+            return values[rows]
+        if self._num_views is None:
+            return [values[system] for system in self.views.system.tolist()]
+        return [value for value in values for _ in range(self._num_views)]
 
     def average(self, outputs: Mapping[str, Any], *, required: Collection[str]) -> dict[str, Any]:
         """Outputs of the views, by head and property, to those of the systems.
@@ -185,11 +205,10 @@ def with_graph(data: AtomicData, cutoff: float, max_neighbors: int | None) -> At
     return result
 
 
-def _views(frames: Frames) -> Views:
-    if frames.rot.shape[1] == 1:  # no need to look at the weights, which would wait for the device
-        systems = torch.arange(len(frames.rot), device=frames.rot.device)
-        return Views(frames.rot[:, 0], frames.weight[:, 0], systems)
-    return flatten_frames(frames)
+def _all_views(frames: Frames) -> Views:
+    systems, views = frames.rot.shape[:2]
+    system = torch.arange(systems, device=frames.rot.device).view(-1, 1).expand(-1, views)
+    return Views(frames.rot.flatten(0, 1), frames.weight.flatten(), system.flatten())
 
 
 def _without_frames(data: AtomicData) -> AtomicData:
@@ -200,18 +219,5 @@ def _without_frames(data: AtomicData) -> AtomicData:
     return result
 
 
-def _rows(values: Any, rows: Tensor) -> Any:
-    """These rows of a tensor or list."""
-    return values[rows] if isinstance(values, Tensor) else [values[row] for row in rows.tolist()]
-
-
 def _starts(counts: Tensor) -> Tensor:
     return counts.cumsum(0) - counts
-
-
-def _members(counts: Tensor, systems: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows (atoms or edges) of the listed systems, in that order, and the place in the list of each."""
-    chosen = counts[systems]
-    place = torch.repeat_interleave(torch.arange(len(systems), device=counts.device), chosen)
-    within = torch.arange(len(place), device=counts.device) - _starts(chosen)[place]
-    return _starts(counts)[systems][place] + within, place

@@ -1,8 +1,9 @@
 """A GPU is not waited for: not in the forward pass, the losses and their gradients, nor in the step around them."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from faenet_ocp.benchmark.counting import Counting
 from faenet_ocp.benchmark.systems import make_batch, make_systems
 from faenet_ocp.config.schema import build_config
 from faenet_ocp.evaluation import validation
+from faenet_ocp.frames import compute_frames
 from faenet_ocp.launch.cli import main
 from faenet_ocp.targets import TASKS
 from faenet_ocp.tasks.losses import task_loss
@@ -24,6 +26,7 @@ from faenet_ocp.training.unit import OCPTrainUnit
 
 META = torch.device("meta")
 STOCHASTIC = {"method": "stochastic", "dim": 2, "group": "SE"}
+FULL = {"method": "full", "dim": 3, "group": "E"}
 
 
 @pytest.fixture
@@ -32,15 +35,16 @@ def no_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
 
 
-def _step(task: str, model: str, *, framed: bool) -> tuple[Counting, torch.nn.Module]:
+def _step(task: str, model: str, *, frames: Mapping[str, Any] | None) -> tuple[Counting, torch.nn.Module]:
     """Forward, losses and gradients on a device that has no numbers to wait for."""
     batch = make_batch(make_systems([30, 50], remove_subsurface=True, **models.graph(task)), torch.device("cpu"))
-    contender = models.shipped(task, model, small=True, frames=STOCHASTIC if framed else None)
+    contender = models.shipped(task, model, small=True, frames=frames)
     raw = models._shipped(task, model, small=True)
     units = {"normalizer": {"mean": 0.0, "stdev": 1.0}, "element_references": None}
     tasks = make_tasks(build_config(raw | {"outputs": dict.fromkeys(TASKS[task], units)}), {})
-    if framed:
-        batch.frame_rot, batch.frame_weight = torch.eye(3).repeat(2, 1, 1, 1), torch.ones(2, 1)
+    if frames is not None:
+        found = compute_frames(batch.pos, batch.batch, 2, tolerance=1e-3, **frames)
+        batch.frame_rot, batch.frame_weight = found.rot, found.weight
     contender.module.to(META)
     for one in tasks:
         one.normalizer.to(META)
@@ -52,10 +56,10 @@ def _step(task: str, model: str, *, framed: bool) -> tuple[Counting, torch.nn.Mo
 
 
 @pytest.mark.usefixtures("no_autocast")
-@pytest.mark.parametrize("framed", [False, True])
+@pytest.mark.parametrize("frames", [None, STOCHASTIC, FULL])
 @pytest.mark.parametrize("task", ["is2re", "s2ef"])
-def test_forward_losses_and_gradients_wait_for_nothing(task: str, framed: bool) -> None:
-    counted, module = _step(task, "faenet", framed=framed)
+def test_forward_losses_and_gradients_wait_for_nothing(task: str, frames: Mapping[str, Any] | None) -> None:
+    counted, module = _step(task, "faenet", frames=frames)
     assert counted.waits == []
     assert all(parameter.grad is not None for parameter in module.parameters())
 
@@ -63,7 +67,7 @@ def test_forward_losses_and_gradients_wait_for_nothing(task: str, framed: bool) 
 @pytest.mark.usefixtures("no_autocast")
 @pytest.mark.parametrize("model", ["painn", "egnn", "forcenet", "gns"])
 def test_nor_do_other_models_of_this_package(model: str) -> None:
-    assert _step("s2ef", model, framed=False)[0].waits == []
+    assert _step("s2ef", model, frames=None)[0].waits == []
 
 
 @pytest.mark.usefixtures("no_autocast")
