@@ -1,0 +1,35 @@
+"""docs/performance.md shows what the committed measurements say."""
+
+import json
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+
+
+def _groups(name: str) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    found = json.loads((DOCS / "benchmarks" / f"{name}.json").read_text())
+    return {(group["name"], group["mode"]): group["rows"] for group in found["groups"]}
+
+
+def _per_atom(row: dict[str, Any]) -> str:
+    return f"{1e6 * median(row['seconds']) / row['atoms']:,.0f}"
+
+
+def _megabytes(row: dict[str, Any]) -> str:
+    return f"{row['peak_bytes'] / 1e6:,.0f}"
+
+
+def test_cost_as_work_grows() -> None:
+    text, groups = (DOCS / "performance.md").read_text(), _groups("cpu_growth")
+    for name in ("batch sizes", "system sizes"):
+        pairs = zip(groups[name, "inference"], groups[name, "training step"], strict=True)
+        for inference, training in pairs:
+            size = training["systems"] if name == "batch sizes" else int(training["model"].split()[0])
+            sizes = [f"{size:,}", f"{training['atoms']:,}", _per_atom(inference), _per_atom(training)]
+            assert f"| {' | '.join([*sizes, _megabytes(training)])} |" in text
+    for row in groups["records", "loading"]:
+        rate = f"{row['systems'] / median(row['seconds']):,.0f}"
+        assert f" | {1000 * row['start_seconds']:.0f} | {rate} | {_megabytes(row)} |\n" in text
+    assert f"{_megabytes(groups['evaluation', 'all but the model'][-1])} MB for the last" in text
