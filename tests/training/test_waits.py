@@ -139,6 +139,23 @@ def test_launches_and_bytes() -> None:
     assert sum(counted.bytes_by_place().values()) == gathered.num_bytes + added.num_bytes
 
 
+def test_a_block_keeps_three_numbers_of_an_edge_and_channel() -> None:
+    """Until its gradient is taken: the filter before and after its activation, and what it is multiplied by."""
+    batch = make_batch(make_systems([30, 50], remove_subsurface=True, **models.graph("is2re")), torch.device("cpu"))
+    contender = models.shipped("is2re", small=True, plain=True)
+    options = contender.module.backbone.options
+    shape, kept = (batch.edge_index.shape[1], options.hidden_channels), {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.shape == shape:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        contender(batch)
+    assert len(kept) == 3 * options.num_interactions
+
+
 def test_a_step_of_training_reads_little(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU: what is read there is known to the host before the batch leaves it, or read on a CPU alone."""
     waits: set[str] = set()
