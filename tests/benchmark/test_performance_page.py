@@ -33,3 +33,11 @@ def test_cost_as_work_grows() -> None:
         rate = f"{row['systems'] / median(row['seconds']):,.0f}"
         assert f" | {1000 * row['start_seconds']:.0f} | {rate} | {_megabytes(row)} |\n" in text
     assert f"{_megabytes(groups['evaluation', 'all but the model'][-1])} MB for the last" in text
+
+
+def test_records_to_batches() -> None:
+    text = (DOCS / "performance.md").read_text()
+    for row in _groups("cpu_data")["data", "loading"]:
+        rate, size = f"{row['systems'] / median(row['seconds']):,.0f}", f"{row['bytes'] / row['systems'] / 1000:.1f}"
+        ratio = f"{row['speed_up']:.2g}"
+        assert f" | {rate} | {ratio} | {size} | {' / '.join(map(str, row['processes'].values()))} |\n" in text
