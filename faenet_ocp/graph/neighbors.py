@@ -3,6 +3,7 @@
 Conventions as in ``vectors``. Shapes: N atoms, E edges. Lengths in Angstrom.
 """
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,8 @@ Array = NDArray[Any]
 # Beyond these a neighbour list takes minutes or all memory, or ends the process (seen with vesin 0.6).
 _MAX_COORDINATE = 1e4
 _MAX_IMAGES = 1e4
+_FEW_ATOMS = 64
+"""Of a molecule whose pairs are all looked at."""
 
 
 def build_graph(
@@ -55,7 +58,7 @@ def build_graph(
 
 
 def find_edges(pos: Array, cell: Array, pbc: Array, *, cutoff: float) -> tuple[Array, Array]:
-    """All edges of one system up to `cutoff`, and some that are a little longer, in any order.
+    """All edges of one system up to `cutoff`, and some that are longer, in any order; the result is not to be changed.
 
     Args:
         pos, cell: (N, 3), (3, 3) float64.
@@ -69,10 +72,19 @@ def find_edges(pos: Array, cell: Array, pbc: Array, *, cutoff: float) -> tuple[A
         ValueError: as ``build_graph``.
     """
     _check_geometry(pos, cell[pbc], cutoff)
+    if not pbc.any() and len(pos) <= _FEW_ATOMS:
+        return _all_pairs(len(pos))
     # One thread: this runs in loader workers. full_list: both i-j and j-i.
     finder = vesin.NeighborList(cutoff=cutoff + 2 * lists.ROUNDING, full_list=True, n_threads=1)
     targets, sources, shifts = finder.compute(pos, cell, pbc, "ijS")
     return np.stack([sources, targets]).astype(np.int64), shifts.astype(np.float64)
+
+
+@functools.cache
+def _all_pairs(num_atoms: int) -> tuple[Array, Array]:
+    """Every atom to every other: of a small molecule, what is too long is left out faster than it is searched for."""
+    index = np.argwhere(~np.eye(num_atoms, dtype=bool)).T
+    return np.ascontiguousarray(index, dtype=np.int64), np.zeros((index.shape[1], 3))
 
 
 def _check_geometry(points: NDArray[np.float64], lattice: NDArray[np.float64], cutoff: float) -> None:

@@ -9,6 +9,7 @@ import torch
 from ase.build import bulk, fcc100, fcc111, molecule
 from ase.neighborlist import neighbor_list
 
+from faenet_ocp.graph import neighbors
 from faenet_ocp.graph.lists import ROUNDING, SHELL_TOLERANCE
 from faenet_ocp.graph.neighbors import build_graph
 from faenet_ocp.graph.vectors import edge_vectors
@@ -243,3 +244,18 @@ def test_edge_vectors_of_a_batch_equal_those_of_its_systems_and_are_differentiab
 def test_edge_vectors_of_several_systems_need_their_batch():
     with pytest.raises(ValueError, match="edge_batch"):
         edge_vectors(torch.zeros(2, 3), torch.zeros(2, 3, 3), torch.zeros(2, 1).long(), torch.zeros(1, 3))
+
+
+@pytest.mark.parametrize("num_atoms", [1, 2, 20, 64])
+@pytest.mark.parametrize("max_neighbors", [None, 6])
+def test_small_molecules_have_the_graph_of_large_ones(
+    num_atoms: int, max_neighbors: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All pairs are looked at, in place of a search."""
+    pos = 1.5 * num_atoms ** (1 / 3) * torch.rand(num_atoms, 3, generator=torch.Generator().manual_seed(0))
+    geometry = pos, torch.zeros(3, 3), torch.zeros(3, dtype=torch.bool)
+    found = build_graph(*geometry, cutoff=2.0, max_neighbors=max_neighbors)
+    monkeypatch.setattr(neighbors, "_FEW_ATOMS", 0)
+    expected = build_graph(*geometry, cutoff=2.0, max_neighbors=max_neighbors)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert num_atoms < 20 or found[0].shape[1] < num_atoms * (num_atoms - 1)
