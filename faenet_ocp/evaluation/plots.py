@@ -17,6 +17,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, StrMethodFormatter
+from matplotlib.transforms import Bbox
 
 from faenet_ocp.common.files import write_bytes
 from faenet_ocp.evaluation.log_names import LEARNING_RATE, LOSS, split_of
@@ -146,14 +147,34 @@ def plot_trade_off(points: Mapping[str, tuple[float, float]], path: Path, *, tit
     figure = Figure(figsize=(6.6, 4.6), layout="constrained")
     ax = figure.subplots()
     ax.set_xscale("log")
-    for name, (speed, error) in points.items():
+    for speed, error in points.values():
         ax.plot(speed, error, "o")
-        ax.annotate(name, (speed, error), xytext=(5, 5), textcoords="offset points", size=9)
     ax.set_title(title, size=9)
     ax.set(xlabel="inference, samples/s (forward pass)", ylabel=label)
-    ax.margins(0.15)
+    ax.margins(0.2)
     ax.grid(color=_GRID, which="both")
+    figure.draw_without_rendering()  # from here on it is known where things are
+    taken: list[Bbox] = []
+    for name, point in points.items():
+        _label(ax, name, point, taken)
     return _save(figure, path)
+
+
+def _label(ax: Axes, text: str, point: tuple[float, float], taken: list[Bbox]) -> None:
+    """Writes a text beside a point: at the first place where none of those `taken` is, else at the first of all."""
+    boxes = []
+    for x, y in ((5, 5), (5, -12), (-5, 5), (-5, -12), (5, 16), (-5, 16)):
+        side = "left" if x > 0 else "right"
+        shown = ax.annotate(text, point, xytext=(x, y), textcoords="offset points", size=9, ha=side)
+        boxes.append((shown.get_window_extent(), (x, y), side))
+        if not any(boxes[-1][0].overlaps(box) for box in taken):
+            break
+        shown.remove()
+    else:
+        _, place, side = boxes[0]
+        ax.annotate(text, point, xytext=place, textcoords="offset points", size=9, ha=side)
+        boxes.append(boxes[0])
+    taken.append(boxes[-1][0])
 
 
 def plot_differences(values: Mapping[str, np.ndarray], path: Path, *, title: str, target: Target) -> Path:

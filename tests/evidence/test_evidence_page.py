@@ -1,6 +1,7 @@
 """docs/evidence.md shows what the committed results say, in its tables and in its claims."""
 
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -24,3 +25,60 @@ def test_tables_are_those_of_the_results() -> None:
     }
     for name, table in tables.items():
         assert text.split(f"<!-- {name} -->\n")[1].split("<!-- end -->")[0].strip() == table.strip(), name
+
+
+def _symmetry(run: str, method: str, motion: str) -> float:
+    """Mean difference in meV."""
+    return 1e3 * _json("symmetry_demo")[f"symmetry_{run}"]["symmetry"]["methods"][method][motion]["energy"]["mean"]
+
+
+def _error(results: dict[str, Any]) -> float:
+    """Mean over the splits, in meV."""
+    return 1e3 * results["average"]["energy_mae"]
+
+
+def _error_in(method: str) -> str:
+    return f"{_error(_json('symmetry_demo')[f'symmetry_{method}']['results']):.0f}"
+
+
+def _speed(file: str, group: tuple[str, str, str], model: str) -> float:
+    groups = {(g["name"], g["task"], g.get("mode")): g["rows"] for g in _json(file)["groups"]}
+    return next(row["speed_up"] for row in groups[group] if row["model"] == model)
+
+
+def _accuracy(network: str, pair: str) -> str:
+    found = _json("expressivity")["accuracy"][f"{network} | {pair}"]
+    return " / ".join(f"{sum(column) / len(column):.0f}" for column in zip(*found, strict=True))
+
+
+def _ablation(row: str) -> str:
+    errors = [_error(results) for results in _json("table6_demo")[row]]
+    return f"{statistics.fmean(errors):.0f} +- {statistics.stdev(errors):.0f}"
+
+
+def _claims() -> dict[int, list[str]]:
+    """By number of the claim, the figures that its row has to show."""
+    chain, star, four = "k-chains: k = 4, 1 layers", "rotational symmetry: 5 spokes", "body order: 4-body"
+    peers = ("cpu_others", ("peers", "is2re", "inference"))
+    return {
+        1: [f"{_symmetry('full_E', 'full', motion):.1g}" for motion in ("rotated", "reflected")],
+        2: [f"{_symmetry('stochastic_E', 'stochastic', motion):.1f}" for motion in ("rotated", "same")]
+        + [f"{_symmetry('none', 'none', 'rotated'):.1f}", f"{_symmetry('augmented_E', 'none', 'rotated'):.1f}"],
+        3: [f"{1 / _speed('cpu_others', ('frames', 'is2re', 'inference'), 'frames: full'):.1f}"],
+        4: [_error_in(name) for name in ("stochastic_E", "full_E", "canonical_E", "augmented_E", "none")],
+        5: [_accuracy(f"FAENet, {kind}", chain) for kind in ("no frames", "stochastic, E(3)", "canonical, E(3)")],
+        6: [_accuracy(f"FAENet, {kind}", star) for kind in ("no frames", "stochastic, E(3)", "canonical, E(3)")],
+        7: [_accuracy(f"FAENet, {kind}", four) for kind in ("no frames", "stochastic, E(3)", "canonical, E(3)")],
+        8: [_ablation(row) for row in ("baseline", "basic_mp", "attention", "simple_energy_head")],
+        9: [f"{_error(_json('models_demo')[name][0]):.0f}" for name in ("faenet", "schnet", "painn")],
+        10: [f"{_speed(*peers, 'FAENet'):.2f}"],
+        11: [f"{_speed('cpu_others', ('peers', 's2ef', 'inference'), 'FAENet'):.2f}"],
+    }
+
+
+def test_claims_show_what_was_measured() -> None:
+    rows = [line for line in (DOCS / "evidence.md").read_text().splitlines() if line.startswith("| ")]
+    for number, figures in _claims().items():
+        (row,) = [line for line in rows if line.startswith(f"| {number} |")]
+        for figure in figures:
+            assert f" {figure}" in row, (number, figure)
