@@ -16,7 +16,7 @@ from fairchem.core.models.base import HydraModel
 from torch import Tensor
 
 from faenet_ocp.data.fields import level_of, shallow_copy
-from faenet_ocp.frames import Frames, Views, centroids, compute_frames, flatten_frames, rotate, rotate_back
+from faenet_ocp.frames import Frames, Views, centroids, compute_frames, flatten_frames, num_frames, rotate, rotate_back
 from faenet_ocp.graph.neighbors import build_graph
 from faenet_ocp.models.base import Backbone
 from faenet_ocp.targets import TARGETS, Target, scalar
@@ -65,7 +65,9 @@ class FrameAveragedModel(HydraModel):
         if frames is None:
             return super().forward(data)
         origin = centroids(data.pos, data.batch, len(data.natoms), dim=self.frames["dim"])
-        every = self.frames["method"] == "full"
+        # More frames than that are those of rings (equal variances), of which other systems have few.
+        usual = num_frames(self.frames["dim"], self.frames["group"])
+        every = self.frames["method"] == "full" and frames.rot.shape[1] == usual
         views = ViewBatch(data, frames, origin if through_frames else origin.detach(), every=every)
         return views.average(super().forward(views.data), required=self.output_heads.keys())
 

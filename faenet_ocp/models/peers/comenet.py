@@ -26,7 +26,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad, silu
 from torch_geometric.nn import GraphNorm
-from torch_geometric.nn.models.dimenet import SphericalBasisLayer
 
 from faenet_ocp.common.checks import positive
 from faenet_ocp.models.base import Backbone, NodeFeatures, Options, option
@@ -70,7 +69,7 @@ class ComENet(Backbone):
         super().__init__(**options)
         given = self.options
         self.embedding = ElementEmbedding(given.hidden_channels)
-        self.basis = SphericalBasisLayer(given.num_spherical, given.num_radial, given.cutoff)
+        self.basis = geometry.spherical_basis(given.num_spherical, given.num_radial, given.cutoff)
         self.blocks = nn.ModuleList(Block(given) for _ in range(given.num_blocks))
 
     def forward(

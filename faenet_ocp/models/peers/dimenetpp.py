@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 from torch_geometric.nn.inits import glorot_orthogonal
-from torch_geometric.nn.models.dimenet import BesselBasisLayer, EmbeddingBlock, InteractionPPBlock, SphericalBasisLayer
+from torch_geometric.nn.models.dimenet import BesselBasisLayer, EmbeddingBlock, InteractionPPBlock
 
 from faenet_ocp.common.checks import positive
 from faenet_ocp.models.base import Backbone, NodeFeatures, Options, option
 from faenet_ocp.models.functional import segment_sum
+from faenet_ocp.models.peers.directions import spherical_basis
 from faenet_ocp.models.peers.layers import ElementEmbedding, at_least
 
 _SAME_IMAGE = 1e-3
@@ -62,7 +63,7 @@ class DimeNetPlusPlus(Backbone):
         super().__init__(**options)
         given = self.options
         self.rbf = BesselBasisLayer(given.num_radial, given.cutoff)
-        self.sbf = SphericalBasisLayer(given.num_spherical, given.num_radial, given.cutoff)
+        self.sbf = spherical_basis(given.num_spherical, given.num_radial, given.cutoff)
         self.embedding = EmbeddingBlock(given.num_radial, given.hidden_channels, silu)
         self.embedding.emb = ElementEmbedding(given.hidden_channels)
         sizes = [given.hidden_channels, given.int_emb_size, given.basis_emb_size, given.num_spherical]

@@ -8,6 +8,8 @@ over phi.
 Shapes: M directions, E edges j -> i, L degrees (num_spherical), R radial functions.
 """
 
+import copy
+import functools
 import math
 
 import torch
@@ -95,6 +97,14 @@ def _legendre(z: Tensor, m: int, num_spherical: int) -> list[Tensor]:
         square = (2 * degree + 1) / (4 * math.pi) * math.factorial(degree - m) / math.factorial(degree + m)
         found.append(value * math.sqrt(square * (2 if m else 1)))
     return found
+
+
+def spherical_basis(num_spherical: int, num_radial: int, cutoff: float) -> SphericalBasisLayer:
+    """PyTorch Geometric's layer, whose formulas take up to twenty seconds to derive: once in a process."""
+    return copy.deepcopy(_spherical_basis(num_spherical, num_radial, cutoff))
+
+
+_spherical_basis = functools.cache(SphericalBasisLayer)
 
 
 def bessel_functions(layer: SphericalBasisLayer, distance: Tensor) -> Tensor:
