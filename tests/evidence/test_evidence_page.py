@@ -56,6 +56,13 @@ def _ablation(row: str) -> str:
     return f"{statistics.fmean(errors):.0f} +- {statistics.stdev(errors):.0f}"
 
 
+def _forces_cost() -> tuple[str, str]:
+    """How many times the time and the memory of predicted forces those of the gradient take."""
+    (group,) = _json("cpu_forces")["groups"]
+    predicted, gradient = group["rows"]
+    return f"{1 / gradient['speed_up']:.1f}", f"{gradient['peak_bytes'] / predicted['peak_bytes']:.0f}"
+
+
 def _claims() -> dict[int, list[str]]:
     """By number of the claim, the figures that its row has to show."""
     chain, star, four = "k-chains: k = 4, 1 layers", "rotational symmetry: 5 spokes", "body order: 4-body"
@@ -72,6 +79,7 @@ def _claims() -> dict[int, list[str]]:
         8: [_ablation(row) for row in ("baseline", "basic_mp", "attention", "simple_energy_head")],
         9: [f"{_error(_json('models_demo')[name][0]):.0f}" for name in ("faenet", "schnet", "painn")],
         10: [f"{_speed(*peers, 'FAENet'):.2f}"],
+        15: [*_forces_cost()],
         11: [f"{_speed('cpu_others', ('peers', 's2ef', 'inference'), 'FAENet'):.2f}"],
     }
 
