@@ -129,7 +129,7 @@ def test_every_run_of_a_shipped_sweep_is_valid_and_builds(path: Path) -> None:
     found = load_sweep(path)
     common = None if found.config is None else load_yaml(found.config)
     elements = expand(found, common, {}, "sweep")
-    assert len({element.raw["job"]["identifier"] for element in elements}) == len(elements) > 2
+    assert len({element.raw["job"]["identifier"] for element in elements}) == len(elements) > 1
     for element in {element.name: element for element in elements}.values():  # one of the seeds
         make_model(build_config(element.raw))
 
