@@ -49,7 +49,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--batch-size", type=int)
     add("--batch-sizes", type=int, nargs="+")
     add("--system-sizes", type=int, nargs="+")
-    add("--counts", type=int, nargs="+", help="records of a file, systems of an evaluation")
+    add(
+        "--counts",
+        type=int,
+        nargs="+",
+        help="records of a file (12 kB each, in the temporary folder), systems of an evaluation",
+    )
     add("--keep-subsurface", action="store_false", default=None, dest="remove_subsurface", help="the atoms of tag 0")
     add("--lmdb", type=Path, help="systems of this LMDB instead of generated slabs")
     args = vars(parser.parse_args(arguments))

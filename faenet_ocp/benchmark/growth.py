@@ -6,8 +6,8 @@ Both are given made data, small and many, because their number is what is looked
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -57,18 +57,14 @@ def files_of_sizes(counts: Sequence[int], *, rounds: int, cutoff: float, max_nei
             with LmdbShardWriter(path) as writer:
                 for number in range(count):
                     writer.append(values[number % len(values)])
-            ours, theirs = (context := get_context("spawn")).Pipe(duplex=False)
-            worker = context.Process(target=_read, args=(theirs, str(path), graph, rounds))
-            worker.start()
-            theirs.close()
-            found = ours.recv()
-            worker.join()
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as worker:
+                found = worker.submit(_read, str(path), graph, rounds).result()
             rows.append({"model": f"{count:,} records", **found})
             rows[-1]["bytes"] = path.stat().st_size * found["systems"] / count
     return _with_speed_up(rows)
 
 
-def _read(answer: Connection, path: str, graph: dict[str, Any], rounds: int) -> None:
+def _read(path: str, graph: dict[str, Any], rounds: int) -> dict[str, Any]:
     """What `files_of_sizes` says of one file."""
     torch.set_num_threads(1)
     frames = {"frame_averaging": {"dim": 2, "group": "SE", "method": "stochastic"}}
@@ -88,7 +84,7 @@ def _read(answer: Connection, path: str, graph: dict[str, Any], rounds: int) -> 
         found["wall_seconds"].append(time.perf_counter() - wall)
     found |= dict(zip(("systems", "atoms", "edges"), np.sum(sizes, axis=0).tolist(), strict=True))
     after = _private_bytes()
-    answer.send(found | {"peak_bytes": None if before is None or after is None else after - before})
+    return found | {"peak_bytes": None if before is None or after is None else after - before}
 
 
 def _epoch(count: int) -> Iterator[list[tuple[int, int]]]:

@@ -64,6 +64,17 @@ def test_the_plain_network_compiles_without_a_graph_break() -> None:
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
+def test_forward_and_backward_compile_in_one_piece_each() -> None:
+    torch.compiler.reset()
+    network, batch = make_faenet(small=True), made_batch(3, largest=30)
+    compiled = torch.compile(network, fullgraph=True, dynamic=True, backend="aot_eager")
+    gradients = [
+        torch.autograd.grad(loss_of(net, batch), list(network.parameters())[:20]) for net in (compiled, network)
+    ]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+
+
 def test_its_first_part_needs_no_fairchem() -> None:
     code = (
         "import sys; from faenet_ocp.benchmark import gpu; "

@@ -229,7 +229,7 @@ def test_packed_samples_are_those_of_the_files(tmp_path: Path) -> None:
     given = structures()
     write(tmp_path / "in" / "a.extxyz", given[:3])
     write(tmp_path / "in" / "b.traj", given[3:])
-    assert pack(tmp_path / "in", tmp_path / "out", num_workers=1, source_format="ase", tags="none") == 5
+    assert pack(tmp_path / "in", tmp_path / "out", num_workers=2, source_format="ase", tags="none") == 5
     from faenet_ocp.data.packed import OC20PackedDataset
 
     plain = SETTINGS | {"tags": "none"}
