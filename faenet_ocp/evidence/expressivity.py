@@ -203,8 +203,8 @@ def train(pair: Pair, row: Row, seed: int, *, epochs: int = _EPOCHS) -> Accuracy
     )
     graphs = [_graph(pos, pair.edges) for pos in (pair.first, pair.second)]
     labels = torch.tensor([0.0, 1.0])
-    both = atomicdata_list_to_batch(graphs)
-    optimizer = torch.optim.Adam(model.parameters(), lr=_RATE)
+    both, each = atomicdata_list_to_batch(graphs), [atomicdata_list_to_batch([graph]) for graph in graphs]
+    optimizer = torch.optim.Adam(model.parameters(), lr=_RATE, fused=True)
     schedule = {"mode": "max", "factor": _FACTOR, "patience": _PATIENCE, "min_lr": _LOWEST_RATE}
     scheduler = ReduceLROnPlateau(optimizer, **schedule)  # type: ignore[arg-type]
     best = final = 0.0
@@ -212,8 +212,8 @@ def train(pair: Pair, row: Row, seed: int, *, epochs: int = _EPOCHS) -> Accuracy
         model.train()
         for number in torch.randperm(2).tolist():
             optimizer.zero_grad()
-            logit = _logits(model, atomicdata_list_to_batch([graphs[number]]))
-            binary_cross_entropy_with_logits(logit, labels[number : number + 1]).backward()
+            loss = binary_cross_entropy_with_logits(_logits(model, each[number]), labels[number : number + 1])
+            loss.backward()
             optimizer.step()
         final = _accuracy(model, both, labels)
         scheduler.step(final)
