@@ -147,32 +147,33 @@ def plot_trade_off(points: Mapping[str, tuple[float, float]], path: Path, *, tit
     figure = Figure(figsize=(6.6, 4.6), layout="constrained")
     ax = figure.subplots()
     ax.set_xscale("log")
-    for speed, error in points.values():
-        ax.plot(speed, error, "o")
+    colours = [ax.plot(speed, error, "o")[0].get_color() for speed, error in points.values()]
     ax.set_title(title, size=9)
     ax.set(xlabel="inference, samples/s (forward pass)", ylabel=label)
     ax.margins(0.2)
     ax.grid(color=_GRID, which="both")
     figure.draw_without_rendering()  # from here on it is known where things are
-    taken: list[Bbox] = []
-    for name, point in points.items():
-        _label(ax, name, point, taken)
+    places = ax.transData.transform(np.reshape(list(points.values()), (-1, 2)))
+    taken = [Bbox.from_bounds(x - 3, y - 3, 6, 6) for x, y in places]
+    for (name, point), colour in zip(points.items(), colours, strict=True):
+        _label(ax, name, point, colour, taken)
     return _save(figure, path)
 
 
-def _label(ax: Axes, text: str, point: tuple[float, float], taken: list[Bbox]) -> None:
-    """Writes a text beside a point: at the first place where none of those `taken` is, else at the first of all."""
+def _label(ax: Axes, text: str, point: tuple[float, float], colour: Any, taken: list[Bbox]) -> None:
+    """Writes a text beside a point: in the first place inside the axes that is not `taken`, else in the first of all."""
     boxes = []
     for x, y in ((5, 5), (5, -12), (-5, 5), (-5, -12), (5, 16), (-5, 16)):
         side = "left" if x > 0 else "right"
-        shown = ax.annotate(text, point, xytext=(x, y), textcoords="offset points", size=9, ha=side)
+        shown = ax.annotate(text, point, xytext=(x, y), textcoords="offset points", size=9, ha=side, color=colour)
         boxes.append((shown.get_window_extent(), (x, y), side))
-        if not any(boxes[-1][0].overlaps(box) for box in taken):
+        box = boxes[-1][0]
+        if ax.bbox.x0 <= box.x0 and box.x1 <= ax.bbox.x1 and not any(box.overlaps(other) for other in taken):
             break
         shown.remove()
     else:
         _, place, side = boxes[0]
-        ax.annotate(text, point, xytext=place, textcoords="offset points", size=9, ha=side)
+        ax.annotate(text, point, xytext=place, textcoords="offset points", size=9, ha=side, color=colour)
         boxes.append(boxes[0])
     taken.append(boxes[-1][0])
 
