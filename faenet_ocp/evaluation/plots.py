@@ -161,7 +161,7 @@ def plot_trade_off(points: Mapping[str, tuple[float, float]], path: Path, *, tit
 
 
 def _label(ax: Axes, text: str, point: tuple[float, float], colour: Any, taken: list[Bbox]) -> None:
-    """Writes a text beside a point: in the first place inside the axes that is not `taken`, else in the first of all."""
+    """Writes a text beside a point: in the first place inside the axes that is not `taken`, else the first."""
     boxes = []
     for x, y in ((5, 5), (5, -12), (-5, 5), (-5, -12), (5, 16), (-5, 16)):
         side = "left" if x > 0 else "right"
