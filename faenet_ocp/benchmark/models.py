@@ -4,6 +4,7 @@ Settings are those of `configs/<task>/<model>.yml`, whose first lines say where 
 Table 7.
 """
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -82,6 +83,10 @@ class Contender:
         with torch.autocast(batch.pos.device.type, dtype=torch.bfloat16, enabled=self.amp):
             return self.predict(batch)
 
+    def in_bf16(self) -> "Contender":
+        """The same network under autocast."""
+        return dataclasses.replace(self, name=f"{self.name}, bf16", amp=True)
+
 
 def _shipped(task: str, model: str = "faenet", *, small: bool) -> dict[str, Any]:
     """The shipped configuration of a task; `small`: with few channels and blocks, for quick checks."""
@@ -101,7 +106,6 @@ def shipped(
     *,
     small: bool = False,
     frames: dict[str, Any] | None = None,
-    amp: bool = False,
     conservative: bool = False,
     plain: bool = False,
     name: str = "",
@@ -113,7 +117,6 @@ def shipped(
         task, model: `configs/<task>/<model>.yml`.
         small: with few channels and blocks.
         frames: of the batches; None: no frames.
-        amp: bfloat16 autocast.
         conservative: forces are -dE/dX through the frames, though there is a head for them.
         plain: not accelerated for a CPU: as it is on a GPU.
         name: in tables.
@@ -140,8 +143,8 @@ def shipped(
             outputs = network(shallow_copy(batch))  # eSCN-MD writes its graph into it
         return {key: outputs[key][key] for key in TASKS[task]}
 
-    label = {"faenet": "FAENet"}.get(model, model) + (", bf16" if amp else "")
-    return Contender(name or label, network, predict, {**config.model, "frames": frames}, amp)
+    label = {"faenet": "FAENet"}.get(model, model)
+    return Contender(name or label, network, predict, {**config.model, "frames": frames})
 
 
 def published(task: str, *, small: bool = False) -> Contender:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from fairchem.core.datasets.atomic_data import AtomicData
+from torch.optim import Optimizer
 from tqdm import tqdm
 
 from faenet_ocp.benchmark import models
@@ -105,8 +106,9 @@ def run(settings: Settings, *, save: Callable[[dict[str, Any]], None]) -> dict[s
     makers = (*network, _data, _records, _evaluation, _launches)
     chosen = dict(zip(GROUPS, makers, strict=True))
     for name in tqdm(settings.groups, desc="benchmark", unit="group", disable=None):
-        groups += chosen[name](settings)
-        save(result)
+        for group in chosen[name](settings):
+            groups.append(group)
+            save(result)
     return result
 
 
@@ -119,11 +121,10 @@ def _published(settings: Settings) -> Iterator[Group]:
         except ImportError as error:
             yield {"name": "published", "task": task, "unavailable": str(error)}
             continue
-        ours = [models.shipped(task, small=settings.small, graph_norm="batch", amp=amp) for amp in (False, True)]
-        for contender in ours:
-            models.same_weights(contender, reference)
+        ours = models.shipped(task, small=settings.small, graph_norm="batch")
+        models.same_weights(ours, reference)
         batch = settings.batch(task, settings.batch_size)
-        yield from _groups("published", task, settings, [(one, batch) for one in (reference, *ours)])
+        yield from _groups("published", task, settings, [(one, batch) for one in (reference, ours, ours.in_bf16())])
 
 
 def _peers(settings: Settings) -> Iterator[Group]:
@@ -132,11 +133,11 @@ def _peers(settings: Settings) -> Iterator[Group]:
     for task in OC20_TASKS:
         batch = settings.batch(task, min(settings.batch_size, _FEW))
         contenders = [
-            models.shipped(task, model, small=settings.small, frames=stochastic if model == "faenet" else None, amp=amp)
+            models.shipped(task, model, small=settings.small, frames=stochastic if model == "faenet" else None)
             for model in models.PEERS
-            for amp in (False, True)
         ]
-        yield from _groups("peers", task, settings, [(one, batch) for one in contenders])
+        rows = [(one, batch) for contender in contenders for one in (contender, contender.in_bf16())]
+        yield from _groups("peers", task, settings, rows)
 
 
 def _frames(settings: Settings) -> Iterator[Group]:
@@ -234,8 +235,14 @@ def _groups(
     for mode in modes:
         for contender, _ in rows:
             contender.module.to(device).train(mode != "inference")
-        step = _inference if mode == "inference" else _training_step
-        times = measure([step(*row) for row in rows], device, settings.rounds)
+        steps: list[Callable[[], Any]]
+        if mode == "inference":
+            steps = [_inference(*row) for row in rows]
+        else:
+            networks = {contender.module for contender, _ in rows}  # some rows share theirs
+            optimizers = {one: torch.optim.AdamW(one.parameters(), lr=1e-9, weight_decay=0) for one in networks}
+            steps = [_training_step(*row, optimizers[row[0].module]) for row in rows]
+        times = measure(steps, device, settings.rounds)
         shown = [_describe(*row) | time for row, time in zip(rows, times, strict=True)]
         if name == "published" and mode == "inference":
             expected = _inference(*rows[0])()
@@ -264,9 +271,8 @@ def _inference(contender: Contender, batch: AtomicData) -> Callable[[], Outputs]
     return function
 
 
-def _training_step(contender: Contender, batch: AtomicData) -> Callable[[], None]:
-    """Forward, loss, backward and AdamW, on weights that hardly change."""
-    optimizer = torch.optim.AdamW(contender.module.parameters(), lr=1e-9, weight_decay=0)
+def _training_step(contender: Contender, batch: AtomicData, optimizer: Optimizer) -> Callable[[], None]:
+    """Forward, loss, backward and optimiser, on weights that hardly change."""
 
     def function() -> None:
         optimizer.zero_grad(set_to_none=True)

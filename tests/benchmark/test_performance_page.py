@@ -41,3 +41,30 @@ def test_records_to_batches() -> None:
         rate, size = f"{row['systems'] / median(row['seconds']):,.0f}", f"{row['bytes'] / row['systems'] / 1000:.1f}"
         ratio = f"{row['speed_up']:.2g}"
         assert f" | {rate} | {ratio} | {size} | {' / '.join(map(str, row['processes'].values()))} |\n" in text
+
+
+def _peers() -> str:
+    """Each model's speed, as a multiple of the first one's in float32, and its memory in a training step."""
+    found = json.loads((DOCS / "benchmarks" / "cpu_peers.json").read_text())["groups"]
+    groups = {(group["task"], group["mode"]): {row["model"]: row for row in group["rows"]} for group in found}
+    tasks = ("is2re", "s2ef")
+    lines = []
+    for name, row in groups["is2re", "inference"].items():
+        if name.endswith(", bf16"):
+            continue
+        speeds = [
+            f"{groups[task, mode][model]['speed_up']:.2f}"
+            for task in tasks
+            for mode in ("inference", "training step")
+            for model in (name, f"{name}, bf16")
+        ]
+        sizes = [f"{groups[task, 'inference'][name]['parameters'] / 1e6:.1f}" for task in tasks]
+        memory = [_megabytes(groups[task, "training step"][name]) for task in tasks]
+        cells = [name, sizes[0], *speeds[:4], memory[0], sizes[1], *speeds[4:], memory[1]]
+        lines.append(f"| {' | '.join(cells)} |\n")
+        assert row["precision"] == "fp32"
+    return "".join(lines)
+
+
+def test_other_models() -> None:
+    assert _peers() in (DOCS / "performance.md").read_text()
