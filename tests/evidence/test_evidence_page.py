@@ -98,7 +98,7 @@ def _claims() -> dict[int, list[str]]:
         7: [_accuracy(f"FAENet, {kind}", four) for kind in ("no frames", "stochastic, E(3)", "canonical, E(3)")],
         8: [_ablation(row) for row in ("baseline", "basic_mp", "attention", "simple_energy_head")],
         9: [f"{_error(_json('models_demo')[name][0]):.0f}" for name in ("faenet", "schnet", "painn")],
-        10: [f"{_speed('cpu_peers', ('peers', 'is2re', 'inference'), 'FAENet'):.2f}"],
+        10: [f"{_speed(name, ('peers', 'is2re', 'inference'), 'FAENet'):.2f}" for name in ("cpu_peers", "cpu_amd")],
         11: [f"{_speed('cpu_peers', ('peers', 's2ef', 'inference'), 'FAENet'):.2f}"],
         12: [f"{1e3 * _json('qm9_U0')['splits']['test']['U0_mae']:.1f}"],
         14: [_turned_forces("no_frames", "none"), _turned_forces("canonical", "canonical")],
