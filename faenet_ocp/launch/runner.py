@@ -12,7 +12,7 @@ import torch
 import yaml
 from fairchem.core.common import distutils
 from fairchem.core.components.runner import Runner
-from fairchem.core.launchers.api import SchedulerType
+from fairchem.core.launchers.api import SchedulerConfig, SchedulerType
 
 from faenet_ocp.checkpoint import load_checkpoint
 from faenet_ocp.common.files import exclusive
@@ -79,7 +79,7 @@ class OCPRunner(Runner):
             say("stopping after this step; the same signal again stops at once")
 
     def _run(self) -> None:
-        _leave_cores_to_the_loader(self.config)
+        _share_cores(self.config, self.job_config.scheduler)
         evaluator = Evaluator(self.config, self.folder)
         if self.mode == "train":
             self._training = TrainingRun(
@@ -97,8 +97,16 @@ class OCPRunner(Runner):
             evaluator.validate(state, path)
 
 
-def _leave_cores_to_the_loader(config: Config) -> None:
-    """On a CPU, threads that wait for a core that a loader worker has make every step wait."""
-    alone = config.job.cpu and distutils.get_world_size() == 1
-    if alone and "OMP_NUM_THREADS" not in os.environ and hasattr(os, "sched_getaffinity"):
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) - config.optim.num_workers))
+def _share_cores(config: Config, scheduler: SchedulerConfig) -> None:
+    """On a CPU, threads that wait for a core of another rank or of a loader worker make every step wait, up to tenfold.
+
+    Unless the user has chosen with OMP_NUM_THREADS, a rank takes its share of this machine's cores less its workers.
+    """
+    if not config.job.cpu or "OMP_NUM_THREADS" in os.environ or not hasattr(os, "sched_getaffinity"):
+        return
+    cores = len(os.sched_getaffinity(0))
+    if scheduler.mode == SchedulerType.LOCAL:
+        share = cores // scheduler.ranks_per_node
+    else:  # not every cluster binds a task to the cores that it asked for
+        share = min(cores, scheduler.slurm.cpus_per_task)
+    torch.set_num_threads(max(1, share - config.optim.num_workers))

@@ -1,14 +1,8 @@
 """Samplers: every sample exactly once, the same global batches on any number of ranks."""
 
-import os
-from types import SimpleNamespace
-from typing import Any
-
 import pytest
-import torch
 
 from faenet_ocp.data.loader import EvalBatchSampler, TrainBatchSampler, even_slice
-from faenet_ocp.launch import runner
 
 
 def _epoch(world: int, *, n: int = 103, batch: int = 16, epoch: int = 3, start: int = 0) -> list[set]:
@@ -66,22 +60,3 @@ def test_even_slices_cover_without_overlap() -> None:
     for total in range(20):
         parts = [list(range(total))[even_slice(total, 6, part)] for part in range(6)]
         assert [x for part in parts for x in part] == list(range(total))
-
-
-@pytest.mark.parametrize(
-    ("cores", "workers", "cpu", "variable", "threads"),
-    [(8, 3, True, None, 5), (2, 4, True, None, 1), (8, 3, False, None, None), (8, 3, True, "6", None)],
-)
-def test_a_core_is_left_to_each_worker(
-    monkeypatch: pytest.MonkeyPatch, cores: int, workers: int, cpu: bool, variable: str | None, threads: int | None
-) -> None:
-    """On a CPU, unless the user has chosen a number of threads."""
-    chosen: list[int] = []
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    if variable is not None:
-        monkeypatch.setenv("OMP_NUM_THREADS", variable)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
-    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
-    config: Any = SimpleNamespace(job=SimpleNamespace(cpu=cpu), optim=SimpleNamespace(num_workers=workers))
-    runner._leave_cores_to_the_loader(config)
-    assert chosen == ([] if threads is None else [threads])
