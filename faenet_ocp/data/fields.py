@@ -3,7 +3,7 @@
 Reading of records, collating, transforms, views of frames and structures of ASE take level, dtype, shape and default
 from here instead of guessing them. Sizes: N atoms, E edges, B systems of a batch. A field of level "atom" has shape
 (N, *shape), of level "edge" (E, *shape) and of level "system" (B, *shape). `edge_index` is (2, E) and counts atoms;
-text is a list (B,).
+text and what stays on the host are lists (B,).
 
 Conventions: edge_index[0] is the source (neighbour) j, edge_index[1] the target (centre) i; the vector of an edge is
 pos[j] - pos[i] + cell_offsets @ cell, lattice vectors in rows. Lengths in Angstrom.
@@ -38,7 +38,7 @@ class Field:
     Attributes:
         name: attribute of the batch.
         level: what it has one value for.
-        dtype: None: the precision of the data set; str: text.
+        dtype: None: the precision of the data set; str: text; tuple: whole numbers that stay on the host.
         shape: of one value; None: any (the number of frames differs).
         default: of a record that does not have it, or REQUIRED.
         allowed: the whole numbers that a record may have; None: any values.
@@ -46,7 +46,7 @@ class Field:
 
     name: str
     level: Literal["atom", "edge", "system"]
-    dtype: torch.dtype | type[str] | None = None
+    dtype: torch.dtype | type[str | tuple[int, ...]] | None = None
     shape: tuple[int, ...] | None = ()
     default: Any = REQUIRED
     allowed: range | None = None
@@ -86,6 +86,7 @@ FIELDS: dict[str, Field] = {
         Field("removed_free", "system", torch.long),
         Field("frame_rot", "system", shape=None),
         Field("frame_weight", "system", shape=None),
+        Field("frame_sizes", "system", tuple),
         *(field for target in TARGETS.values() for field in _labels(target.name, target.level, target.rank)),
     )
 }

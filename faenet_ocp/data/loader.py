@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from faenet_ocp.frames import frame_sizes
+
 Key = tuple[int, int]
 """(epoch, index): what a dataset is asked for; the epoch decides its random transforms."""
 
@@ -209,11 +211,18 @@ class BatchSource(Dataset):
 
 
 def load_batch(dataset: Dataset, keys: Sequence[Key]) -> AtomicData:
-    """One batch, from whichever data set.
+    """One batch, from whichever data set; with several frames of a system it says how many (`frame_sizes`).
 
     Raises:
         ValueError: one of the samples cannot be used; which, and why.
     """
+    batch = _load_batch(dataset, keys)
+    if "frame_weight" in batch and batch.frame_weight.shape[1] > 1:
+        batch.frame_sizes = frame_sizes(batch.frame_weight, batch.natoms, batch.nedges)
+    return batch
+
+
+def _load_batch(dataset: Dataset, keys: Sequence[Key]) -> AtomicData:
     if not hasattr(dataset, "load_batch"):
         return atomicdata_list_to_batch([dataset[key] for key in keys])
     try:

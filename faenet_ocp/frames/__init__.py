@@ -11,6 +11,7 @@ from faenet_ocp.frames.compute import (
     centroids,
     compute_frames,
     flatten_frames,
+    frame_sizes,
     num_frames,
     pad_frames,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "compute_frames",
     "flatten_frames",
     "frame_report",
+    "frame_sizes",
     "num_frames",
     "pad_frames",
     "random_rotations",

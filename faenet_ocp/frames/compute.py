@@ -146,10 +146,23 @@ def pad_frames(frames: Frames, *, dim: int, group: str) -> Frames:
     return Frames(torch.cat([frames.rot, others], dim=1), torch.nn.functional.pad(frames.weight, (0, missing)))
 
 
-def flatten_frames(frames: Frames) -> Views:
-    """List the frames of non-zero weight, sorted by system."""
-    system, slot = (frames.weight > 0).nonzero(as_tuple=True)
+def flatten_frames(frames: Frames, num_views: int | None = None) -> Views:
+    """List the frames of non-zero weight, sorted by system; a GPU is waited for unless their number is given."""
+    used = frames.weight > 0
+    found = used.nonzero() if num_views is None else torch.nonzero_static(used, size=num_views)
+    system, slot = found.unbind(dim=1)
     return Views(frames.rot[system, slot], frames.weight[system, slot], system)
+
+
+def frame_sizes(weight: Tensor, natoms: Tensor, nedges: Tensor) -> list[tuple[int, int, int]]:
+    """Frames of non-zero weight, of each system, and the atoms and edges in all of them: with them no GPU is asked.
+
+    Args:
+        weight: (B, K), on the CPU.
+        natoms, nedges: of each system, (B,).
+    """
+    views = (weight > 0).sum(dim=1)
+    return list(zip(*(counts.tolist() for counts in (views, views * natoms, views * nedges)), strict=True))
 
 
 def centroids(pos: Tensor, batch: Tensor, num_systems: int, *, dim: int = 3) -> Tensor:

@@ -7,7 +7,7 @@ Legend: N atoms, E edges, B systems, K frames of a system, V views. Row vectors:
 """
 
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from fairchem.core.common.registry import registry
@@ -16,7 +16,7 @@ from fairchem.core.models.base import HydraModel
 from torch import Tensor
 
 from faenet_ocp.data.fields import level_of, shallow_copy
-from faenet_ocp.frames import Frames, Views, centroids, compute_frames, flatten_frames, num_frames, rotate, rotate_back
+from faenet_ocp.frames import Frames, Views, centroids, compute_frames, flatten_frames, rotate, rotate_back
 from faenet_ocp.graph.neighbors import build_graph
 from faenet_ocp.models.base import Backbone
 from faenet_ocp.targets import TARGETS, Target, scalar
@@ -65,11 +65,18 @@ class FrameAveragedModel(HydraModel):
         if frames is None:
             return super().forward(data)
         origin = centroids(data.pos, data.batch, len(data.natoms), dim=self.frames["dim"])
-        # More frames than that are those of rings (equal variances), of which other systems have few.
-        usual = num_frames(self.frames["dim"], self.frames["group"])
-        every = self.frames["method"] == "full" and frames.rot.shape[1] == usual
-        views = ViewBatch(data, frames, origin if through_frames else origin.detach(), every=every)
+        sizes = self._sizes(data, frames, through_frames=through_frames)
+        views = ViewBatch(data, frames, origin if through_frames else origin.detach(), sizes=sizes)
         return views.average(super().forward(views.data), required=self.output_heads.keys())
+
+    def _sizes(self, data: AtomicData, frames: Frames, *, through_frames: bool) -> "ViewSizes | None":
+        """What is known of the views without asking a GPU for the weights of the frames."""
+        if frames.rot.shape[1] == 1:
+            return ViewSizes([1] * len(data.natoms), len(data.pos), data.edge_index.shape[1])
+        if "frame_sizes" not in data or through_frames:
+            return None
+        views, atoms, edges = zip(*data.frame_sizes, strict=True)
+        return ViewSizes(list(views), sum(atoms), sum(edges))
 
     def frames_for(self, data: AtomicData, *, through_frames: bool = False) -> Frames | None:
         """The frames that the batch carries, else those of its positions; None for `none`."""
@@ -86,6 +93,19 @@ class FrameAveragedModel(HydraModel):
         )
 
 
+class ViewSizes(NamedTuple):
+    """Sizes of a batch of views.
+
+    Attributes:
+        views: of each system, B numbers.
+        atoms, edges: in all views.
+    """
+
+    views: list[int]
+    atoms: int
+    edges: int
+
+
 class ViewBatch:
     """A batch whose systems are the views of those of another, with positions and cells in their frames.
 
@@ -93,8 +113,7 @@ class ViewBatch:
         data: batch of B systems.
         frames: of the systems.
         origin: t of each system, (B, 3).
-        every: take all frames, without a look at their weights, for which a GPU would be waited for; those of weight 0
-            cost time then and change nothing.
+        sizes: of the views, if they are known; a GPU is waited for otherwise.
 
     Attributes:
         data: batch of V systems with M atoms, eqs. (3) and (4).
@@ -106,23 +125,23 @@ class ViewBatch:
         ValueError: the batch has a field that `data.fields` does not know, so that it has no place in views.
     """
 
-    def __init__(self, data: AtomicData, frames: Frames, origin: Tensor, *, every: bool = False) -> None:
-        self.num_atoms, self.num_systems = len(data.pos), len(data.natoms)
-        self._num_views = frames.rot.shape[1] if every or frames.rot.shape[1] == 1 else None  # of each system
-        self.views = flatten_frames(frames) if self._num_views is None else _all_views(frames)
-        self.data = _without_frames(data)
+    def __init__(self, data: AtomicData, frames: Frames, origin: Tensor, *, sizes: ViewSizes | None = None) -> None:
+        self.num_atoms, self.num_systems, self._sizes = len(data.pos), len(data.natoms), sizes
+        num_views = None if sizes is None else sum(sizes.views)
+        self.views = _all_views(frames) if num_views == frames.weight.numel() else flatten_frames(frames, num_views)
+        self.data = _without(data, "frame_rot", "frame_weight", "frame_sizes")
         centred = data.pos - origin[data.batch]
         if len(self.views.system) == self.num_systems:  # one view each: the systems keep their places
             self.atom, self.atom_view = torch.arange(self.num_atoms, device=data.pos.device), data.batch
         else:
-            self.atom, self.atom_view = self._members(data.natoms, self.num_atoms)
+            self.atom, self.atom_view = self._members(data.natoms, None if sizes is None else sizes.atoms)
             self._repeat_systems(data)
         self.data.pos = rotate(centred[self.atom], self.views.rot[self.atom_view])
         self.data.cell = rotate(self.data.cell, self.views.rot)
 
     def _repeat_systems(self, data: AtomicData) -> None:
         """Every field for the views, by its level."""
-        edge, edge_view = self._members(data.nedges, data.edge_index.shape[1])
+        edge, edge_view = self._members(data.nedges, None if self._sizes is None else self._sizes.edges)
         rows = {"atom": self.atom, "edge": edge, "system": self.views.system}
         for name in self.data.keys():  # noqa: SIM118  # iterating over the batch gives values, too
             if name not in ("batch", "edge_index"):
@@ -131,9 +150,9 @@ class ViewBatch:
         self.data.edge_index = data.edge_index[:, edge] + shift
         self.data.batch = self.atom_view
 
-    def _members(self, counts: Tensor, total: int) -> tuple[Tensor, Tensor]:
-        """The rows of the views, of `total` atoms or edges, system after system, and the view of each."""
-        systems, size = self.views.system, None if self._num_views is None else self._num_views * total
+    def _members(self, counts: Tensor, size: int | None) -> tuple[Tensor, Tensor]:
+        """The rows of the views, `size` atoms or edges, system after system, and the view of each."""
+        systems = self.views.system
         chosen = counts[systems]
         place = torch.repeat_interleave(torch.arange(len(systems), device=counts.device), chosen, output_size=size)
         within = torch.arange(len(place), device=counts.device) - _starts(chosen)[place]
@@ -143,9 +162,9 @@ class ViewBatch:
         """These rows of a tensor; a list, which has something for each system, for the views."""
         if isinstance(values, Tensor):
             return values[rows]
-        if self._num_views is None:
+        if self._sizes is None:
             return [values[system] for system in self.views.system.tolist()]
-        return [value for value in values for _ in range(self._num_views)]
+        return [value for value, views in zip(values, self._sizes.views, strict=True) for _ in range(views)]
 
     def average(self, outputs: Mapping[str, Any], *, required: Collection[str]) -> dict[str, Any]:
         """Outputs of the views, by head and property, to those of the systems.
@@ -200,7 +219,7 @@ def with_graph(data: AtomicData, cutoff: float, max_neighbors: int | None) -> At
         offsets.append(offset)
         counts.append(index.shape[1])
         first += natoms
-    result = shallow_copy(data)
+    result = _without(data, "frame_sizes")
     result.edge_index = torch.cat(edge_index, dim=1).to(data.pos.device)
     result.cell_offsets = torch.cat(offsets).to(data.pos)
     result.nedges = torch.tensor(counts, dtype=data.natoms.dtype, device=data.pos.device)
@@ -213,9 +232,9 @@ def _all_views(frames: Frames) -> Views:
     return Views(frames.rot.flatten(0, 1), frames.weight.flatten(), system.flatten())
 
 
-def _without_frames(data: AtomicData) -> AtomicData:
+def _without(data: AtomicData, *names: str) -> AtomicData:
     result = shallow_copy(data)
-    for name in ("frame_rot", "frame_weight"):
+    for name in names:
         if name in result:
             del result[name]
     return result

@@ -66,6 +66,21 @@ def test_batches_can_be_taken_apart(small_is2re: Path) -> None:
         assert torch.equal(sample.pos, dataset[key].pos) and torch.equal(sample.edge_index, dataset[key].edge_index)
 
 
+@pytest.mark.parametrize("frames", ["stochastic", "canonical", "full", "det"])
+def test_loaders_say_how_large_several_frames_make_a_batch(small_is2re: Path, frames: str) -> None:
+    """From worker to model; with one frame of every system there is nothing to say."""
+    dataset = open_dataset(small_is2re / "is2re/all/train", transforms=TRANSFORMS[frames])
+    for workers in (0, 1):
+        ((batch,),) = make_loader(dataset, [[(0, 4), (0, 9), (0, 2)]], num_workers=workers)
+        if frames == "stochastic":
+            assert "frame_sizes" not in batch
+            continue
+        for system, (views, atoms, edges) in enumerate(batch.frame_sizes):
+            assert views == int((batch.frame_weight[system] > 0).sum())
+            assert (atoms, edges) == (views * int(batch.natoms[system]), views * int(batch.nedges[system]))
+        assert len(batch.clone().to("meta").frame_sizes) == len(batch.batch_to_atomicdata_list()) == 3
+
+
 @pytest.mark.parametrize("below", [0, 1])
 def test_as_many_atoms_as_systems(tmp_path: Path, below: int) -> None:
     """Fields of atoms and of systems have the same length: systems of one atom, also once others are removed."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from faenet_ocp.build import make_model
 from faenet_ocp.config.schema import Config, build_config
-from faenet_ocp.frames import compute_frames
+from faenet_ocp.frames import compute_frames, frame_sizes
 from faenet_ocp.kernels.exchange import FastEdgeEmbedding
 from faenet_ocp.models.base import Backbone
 from faenet_ocp.models.fairchem import FAENetBackbone, FairchemBackbone
@@ -116,6 +116,28 @@ def test_views_have_every_field_by_its_level(model: FrameAveragedModel) -> None:
     batch.my_field = torch.zeros(3)
     with pytest.raises(ValueError, match=r"'my_field' that is not known; .*register_field"):
         model(batch)
+
+
+def test_views_are_the_same_where_their_sizes_are_known(model: FrameAveragedModel) -> None:
+    """What the loader says of them keeps a GPU from being asked, and changes nothing; other edges make it void."""
+    batch, origin = slabs(3), torch.zeros(3, 3, dtype=torch.float64)
+    batch.dataset = ["a", "b", "c"]
+    frames = compute_frames(batch.pos, batch.batch, 3, method="full", dim=2, group="E")
+    frames = frames._replace(weight=torch.tensor([[0.5, 0, 0.5, 0], [0, 0, 0, 1.0], [0.25] * 4], dtype=torch.float64))
+    sizes = frame_sizes(frames.weight, batch.natoms, batch.nedges)
+    assert [views for views, _, _ in sizes] == [2, 1, 4]
+    batch.frame_rot, batch.frame_weight = frames
+    expected, asked = outputs_of(model, batch), ViewBatch(batch, frames, origin)
+    batch.frame_sizes = sizes
+    known = ViewBatch(batch, frames, origin, sizes=model._sizes(batch, frames, through_frames=False))
+    assert all(torch.equal(a, b) for a, b in zip(asked.views, known.views, strict=True))
+    assert known.data.dataset == asked.data.dataset == ["a", "a", "b", *["c"] * 4]
+    for name in ("pos", "edge_index", "natoms", "nedges", "batch", "cell"):
+        assert torch.equal(known.data[name], asked.data[name])
+    assert all(torch.equal(a, b) for a, b in zip(outputs_of(model, batch), expected, strict=True))
+    batch.edge_index, batch.nedges = batch.edge_index[:, :0], batch.nedges * 0
+    model.cutoff, model.max_neighbors = 5.0, 20
+    torch.testing.assert_close(outputs_of(model, batch), expected, rtol=0, atol=1e-12)
 
 
 def test_a_batch_without_edges_gets_its_graph(model: FrameAveragedModel) -> None:

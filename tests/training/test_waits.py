@@ -15,7 +15,7 @@ from faenet_ocp.benchmark.counting import Counting
 from faenet_ocp.benchmark.systems import make_batch, make_systems
 from faenet_ocp.config.schema import build_config
 from faenet_ocp.evaluation import validation
-from faenet_ocp.frames import compute_frames
+from faenet_ocp.frames import compute_frames, frame_sizes
 from faenet_ocp.launch.cli import main
 from faenet_ocp.targets import TASKS
 from faenet_ocp.tasks.losses import task_loss
@@ -27,6 +27,7 @@ from faenet_ocp.training.unit import OCPTrainUnit
 META = torch.device("meta")
 STOCHASTIC = {"method": "stochastic", "dim": 2, "group": "SE"}
 FULL = {"method": "full", "dim": 3, "group": "E"}
+CANONICAL = {"method": "canonical", "dim": 3, "group": "E", "tolerance": 0.3}  # two or four frames of each system
 
 
 @pytest.fixture
@@ -43,8 +44,9 @@ def _step(task: str, model: str, *, frames: Mapping[str, Any] | None) -> tuple[C
     units = {"normalizer": {"mean": 0.0, "stdev": 1.0}, "element_references": None}
     tasks = make_tasks(build_config(raw | {"outputs": dict.fromkeys(TASKS[task], units)}), {})
     if frames is not None:
-        found = compute_frames(batch.pos, batch.batch, 2, tolerance=1e-3, **frames)
+        found = compute_frames(batch.pos, batch.batch, 2, atomic_numbers=batch.atomic_numbers, **frames)
         batch.frame_rot, batch.frame_weight = found.rot, found.weight
+        batch.frame_sizes = frame_sizes(found.weight, batch.natoms, batch.nedges)
     contender.module.to(META)
     for one in tasks:
         one.normalizer.to(META)
@@ -56,12 +58,22 @@ def _step(task: str, model: str, *, frames: Mapping[str, Any] | None) -> tuple[C
 
 
 @pytest.mark.usefixtures("no_autocast")
-@pytest.mark.parametrize("frames", [None, STOCHASTIC, FULL])
+@pytest.mark.parametrize("frames", [None, STOCHASTIC, FULL, CANONICAL])
 @pytest.mark.parametrize("task", ["is2re", "s2ef"])
 def test_forward_losses_and_gradients_wait_for_nothing(task: str, frames: Mapping[str, Any] | None) -> None:
     counted, module = _step(task, "faenet", frames=frames)
     assert counted.waits == []
     assert all(parameter.grad is not None for parameter in module.parameters())
+
+
+def test_several_canonical_frames_need_the_sizes_that_the_loader_knows() -> None:
+    """Of what the test above would ask a GPU for without them: some frames are used, not all."""
+    batch = make_batch(make_systems([30, 50], remove_subsurface=True, **models.graph("is2re")), torch.device("cpu"))
+    weight = compute_frames(batch.pos, batch.batch, 2, atomic_numbers=batch.atomic_numbers, **CANONICAL).weight
+    views = [number for number, _, _ in frame_sizes(weight, batch.natoms, batch.nedges)]
+    assert 2 < sum(views) < weight.numel()
+    with pytest.raises(NotImplementedError, match="nonzero"):
+        (weight.to(META) > 0).nonzero()
 
 
 @pytest.mark.usefixtures("no_autocast")
