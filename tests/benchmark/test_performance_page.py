@@ -35,6 +35,22 @@ def test_cost_as_work_grows() -> None:
     assert f"{_megabytes(groups['evaluation', 'all but the model'][-1])} MB for the last" in text
 
 
+def test_against_the_published_package() -> None:
+    text, columns = (DOCS / "performance.md").read_text(), {}
+    for name in ("cpu_published_avx2", "cpu_published"):
+        for group in json.loads((DOCS / "benchmarks" / f"{name}.json").read_text())["groups"]:
+            reference, plain, narrow = group["rows"]
+            shown = columns.setdefault(group["task"], {})
+            for precision, row in {"float32": plain, "bf16": narrow}.items():
+                shown.setdefault(f"{group['mode']}, {precision}", []).append(f"{row['speed_up']:.1f}x")
+            ratio = f"{plain['peak_bytes'] / reference['peak_bytes']:.2f}x"
+            shown.setdefault(f"peak memory of a {group['mode']}, float32", []).append(ratio)
+    for label in columns["is2re"]:
+        if label != "peak memory of a inference, float32":
+            (row,) = [line for line in text.splitlines() if line.startswith(f"| {label} ")]
+            assert row.endswith(f" | {' | '.join(columns['is2re'][label] + columns['s2ef'][label])} |")
+
+
 def test_records_to_batches() -> None:
     text = (DOCS / "performance.md").read_text()
     for row in _groups("cpu_data")["data", "loading"]:

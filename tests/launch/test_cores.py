@@ -1,4 +1,4 @@
-"""Threads of a rank on a CPU: no core is asked to do the work of two."""
+"""What a rank makes of its CPU: no core is asked to do the work of two, and what it cannot do fast is said."""
 
 import os
 from types import SimpleNamespace
@@ -33,6 +33,23 @@ def test_a_task_of_a_cluster_keeps_to_what_it_asked_for(
 def test_a_users_choice_and_a_gpu_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     assert _chosen(monkeypatch, SchedulerConfig(), cpu=False) == []
     assert _chosen(monkeypatch, SchedulerConfig(), variable="6") == []
+
+
+@pytest.mark.parametrize(
+    ("features", "warned"),
+    [
+        ({"architecture": "x86_64", "avx2": True}, True),
+        ({"architecture": "x86_64", "avx512_bf16": True}, False),
+        ({"architecture": "x86_64", "amx_bf16": True}, False),
+        ({"architecture": "aarch64"}, False),
+    ],
+)
+def test_bfloat16_without_instructions_for_it_is_a_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, features: dict[str, Any], warned: bool
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features, raising=False)
+    runner._warn_of_slow_bfloat16()
+    assert ("several times as long" in caplog.text) == warned
 
 
 def _chosen(
