@@ -18,7 +18,7 @@ _AHEAD = 2
 
 
 def ordered_map(function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]], num_workers: int) -> Iterator[Any]:
-    """Yields ``function(*task)`` for each task, computed in `num_workers` processes (1: in this one).
+    """Yields ``function(*task)`` for each task, computed in `num_workers` processes (1, or one task: in this one).
 
     A process has one torch thread. Two tasks for each are under way or done before the first result is taken, no more.
     The processes end with the loop over the results, and with this process, however that ends.
@@ -27,7 +27,7 @@ def ordered_map(function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]], 
         RuntimeError: a process died.
         Exception: what the function raised, at its place among the results.
     """
-    if num_workers == 1:
+    if min(num_workers, len(tasks)) <= 1:  # starting a process takes seconds
         for task in tasks:
             yield function(*task)
         return
