@@ -1,6 +1,7 @@
 """Molecules through everything that slabs go through: two ranks, a resume, evaluation, calculator, relaxation."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -45,6 +46,8 @@ def test_two_ranks_and_a_resume_give_results_of_both_splits(trained: Path) -> No
     results = json.loads((trained / "results" / "metrics.json").read_text())
     assert results["training"]["epochs"] == 2 and not results["official"]
     assert list(results["splits"]) == ["val_known", "val_unknown"]
+    threads = os.environ.get("OMP_NUM_THREADS", max(1, len(os.sched_getaffinity(0)) // 2))
+    assert results["run"]["device"] == f"2 x CPU, {threads} thread(s)"  # the ranks share the cores
     table = (trained / "results" / "table.md").read_text()
     assert "Energy MAE [meV]: val_known" in table and "not QM7-X" in table and "paper" not in table
 
