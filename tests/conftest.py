@@ -1,4 +1,7 @@
-"""Shared fixtures: small data and checkpoints made once a session, and the OC20 sample where there is one."""
+"""Shared fixtures: small data and checkpoints made once a session, and the OC20 sample where there is one.
+
+What takes seconds to import is imported in them: the process that hands out tests to others needs none of it.
+"""
 
 import gc
 import os
@@ -14,9 +17,6 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 # Before torch is imported, here and in the processes that tests start: several of these share two cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-import small_data  # noqa: E402
-import small_runs  # noqa: E402
 
 # Forked processes leave alone what they inherit: to collect a process group of gloo that a test has left would wait for
 # ever, for threads that are not there.
@@ -44,24 +44,32 @@ def oc20_sample() -> Path:
 @pytest.fixture(scope="session")
 def small_is2re(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Root folder with is2re/all/{train,val_*}/data.lmdb: 12 training systems, 4 per val split."""
+    import small_data
+
     return small_data.write_is2re(tmp_path_factory.mktemp("small_is2re"))
 
 
 @pytest.fixture(scope="session")
 def small_s2ef(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Root folder with s2ef/2M/train (two shards) and s2ef/all/val_*: energies and forces."""
+    import small_data
+
     return small_data.write_s2ef(tmp_path_factory.mktemp("small_s2ef"))
 
 
 @pytest.fixture(scope="session")
 def is2re_checkpoint(small_is2re: Path) -> Path:
     """A small FAENet after two steps on `small_is2re`."""
+    import small_runs
+
     return small_runs.train("is2re", small_is2re)
 
 
 @pytest.fixture(scope="session")
 def s2ef_checkpoint(small_s2ef: Path) -> Path:
     """A small FAENet after two steps on `small_s2ef`."""
+    import small_runs
+
     return small_runs.train("s2ef", small_s2ef)
 
 

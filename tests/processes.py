@@ -6,6 +6,7 @@ import logging
 import multiprocessing
 import multiprocessing.context
 import os
+import runpy
 import signal
 import socket
 import subprocess
@@ -16,6 +17,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -97,6 +99,15 @@ def run(arguments: Sequence[str], *, status: int = 0, timeout: float = 300, **op
         process.kill()
     assert process.returncode == status, f"status {process.returncode}, wanted {status}:\n{output[-4000:]}"
     return output
+
+
+def run_script(name: str, *arguments: object) -> None:
+    """A script of the project in this process: the seconds of imports are over. It may end by status 0."""
+    with mock.patch.object(sys, "argv", [name, *map(str, arguments)]):
+        try:
+            runpy.run_path(str(ROOT / "scripts" / name), run_name="__main__")
+        except SystemExit as end:
+            assert not end.code, f"{name}: status {end.code}"
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
@@ -207,12 +218,14 @@ def main_on_ranks(arguments: Sequence[str], log: Path, *, ranks: int = 2, status
 
 
 def finish(processes: Sequence[multiprocessing.context.ForkProcess], *, timeout: float = 240) -> list[int | None]:
-    """Exit codes (negative: a signal) once all have ended; whoever has not in time is killed, code None."""
+    """Exit codes (negative: a signal) once all have ended; whoever has not in time is killed, code None.
+
+    To `join` them would take until their loader workers have noticed as well, five seconds later.
+    """
     deadline = time.monotonic() + timeout
-    codes = []
-    for process in processes:
-        process.join(max(0.0, deadline - time.monotonic()))
-        codes.append(process.exitcode)
+    while any(process.exitcode is None for process in processes) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    codes = [process.exitcode for process in processes]
     for process in processes:
         if process.exitcode is None:
             process.kill()

@@ -15,9 +15,10 @@ _NO_DRIVER = b"Warp CUDA warning: Could not find or load the NVIDIA CUDA driver"
 _NVIDIA = "0x10de"
 
 
-def set_up_logging(*, dates: bool = False, force: bool = False) -> None:
-    """Plain lines of ours; of the host's only warnings, whose start-up would bury them."""
+def set_up_logging(*, dates: bool = False, force: bool = False, level: int = logging.INFO) -> None:
+    """Plain lines of ours, from this level on; of the host's only warnings, whose start-up would bury them."""
     handler = logging.StreamHandler()
+    handler.setLevel(level)
     datefmt = "%Y-%m-%d %H:%M:%S" if dates else "%H:%M:%S"
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt=datefmt))
     handler.addFilter(

@@ -3,11 +3,15 @@
 import multiprocessing
 import os
 import signal
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from functools import partial
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext, SpawnContext
 from queue import SimpleQueue
 from threading import Thread
 from typing import Any
@@ -31,8 +35,7 @@ def ordered_map(function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]], 
         for task in tasks:
             yield function(*task)
         return
-    # Spawned, not forked: a process holds one end of its own pipe only, so each side notices when the other is gone.
-    context = multiprocessing.get_context("spawn")
+    context = _context(function)
     workers = []
     idle: SimpleQueue[Any] = SimpleQueue()
 
@@ -56,7 +59,8 @@ def ordered_map(function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]], 
         for _ in range(min(num_workers, len(tasks))):
             ours, theirs = context.Pipe()
             workers.append(context.Process(target=_work, args=(theirs, function), daemon=True))
-            workers[-1].start()
+            with _without_interrupts():
+                workers[-1].start()
             theirs.close()
             idle.put((workers[-1], ours))
         answers: deque[Future[Any]] = deque()
@@ -73,8 +77,33 @@ def ordered_map(function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]], 
             process.join()
 
 
+def _context(function: Callable[..., Any]) -> ForkServerContext | SpawnContext:
+    """How processes start: not forked from this one, but each holding one end of its own pipe only.
+
+    So each side notices when the other is gone. On Linux they are forked from a process that has done nothing but the
+    imports, which take seconds, once for all of them.
+    """
+    if sys.platform != "linux":
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    while isinstance(function, partial):
+        function = function.func
+    context.set_forkserver_preload([name for name in (__name__, function.__module__) if name != "__main__"])
+    return context
+
+
+@contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """What is started here does not see Ctrl-C, which reaches all: the parent ends it, without a traceback."""
+    resource_tracker.ensure_running()  # starting that would let the signal in again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _work(pipe: Connection, function: Callable[..., Any]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent ends this process
     Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     with suppress(EOFError, ConnectionError):  # the parent was killed

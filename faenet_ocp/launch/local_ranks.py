@@ -22,6 +22,8 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from faenet_ocp.common.log_setup import set_up_logging
+
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
@@ -73,7 +75,6 @@ def launch(config: "DictConfig") -> None:
 
 
 def _launch_ranks(config: "DictConfig") -> None:
-    from fairchem.core.launchers.slurm_launch import runner_wrapper
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.utils.distributed import get_free_port
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -82,6 +83,7 @@ def _launch_ranks(config: "DictConfig") -> None:
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=config.job.scheduler.ranks_per_node,
+        run_id=config.job.run_name,
         rdzv_backend="c10d",
         rdzv_endpoint=f"127.0.0.1:{get_free_port()}",
         max_restarts=0,
@@ -101,13 +103,21 @@ def _launch_ranks(config: "DictConfig") -> None:
     failure: Exception | None = None
     with _handlers(dict.fromkeys(_STOP, pass_on)):
         try:
-            elastic_launch(settings, runner_wrapper)(config)
+            elastic_launch(settings, _run_rank)(config)
         except ChildFailedError as error:
             failure = _explain(error)
     if received:
         raise SystemExit(128 + received[0])
     if failure is not None:
         raise failure
+
+
+def _run_rank(config: "DictConfig") -> None:
+    """What a new process does as one of several ranks: it logs as a single one would, and the first speaks for all."""
+    set_up_logging(force=True, level=logging.INFO if os.environ["RANK"] == "0" else logging.WARNING)
+    from fairchem.core.launchers.slurm_launch import runner_wrapper
+
+    runner_wrapper(config)
 
 
 def _explain(error: Any) -> Exception:

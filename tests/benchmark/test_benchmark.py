@@ -2,7 +2,7 @@
 
 import importlib.util
 import json
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from faenet_ocp.benchmark import __main__ as benchmark_main
 from faenet_ocp.benchmark import models
 from faenet_ocp.benchmark.__main__ import main
 from faenet_ocp.benchmark.measure import measure
@@ -207,12 +208,11 @@ def test_mode_benchmark(small_is2re: Path, tmp_path: Path, capsys: pytest.Captur
     assert [(row["systems"], row["atoms"] > 12 * row["systems"]) for row in group["rows"]] == [(1, True), (3, True)]
 
 
-def test_errors_are_one_line(tmp_path: Path) -> None:
+def test_errors_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ["--quick", "--groups", "data", "--lmdb", "none.lmdb", "--output", str(tmp_path / "out.json")]
-    command = [sys.executable, "-m", "faenet_ocp.benchmark", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("error: ") and "none.lmdb" in done.stderr
+    monkeypatch.setattr(sys, "argv", ["benchmark", *arguments])
+    with pytest.raises(SystemExit, match=r"^error: [^\n]*none.lmdb[^\n]*$"):
+        runpy.run_path(benchmark_main.__file__, run_name="__main__")
 
 
 @pytest.mark.slow  # a process of its own for each file

@@ -57,6 +57,16 @@ def test_an_error_arrives_at_its_place(tmp_path: Path, workers: int) -> None:
         next(results)
 
 
+def interrupts_are_blocked(_number: int) -> bool:
+    return signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
+def test_an_interrupt_is_for_the_parent() -> None:
+    """From the first moment: the seconds of imports would end in a traceback of each process."""
+    assert list(ordered_map(interrupts_are_blocked, [(0,), (1,)], 2)) == [True, True]
+    assert not interrupts_are_blocked(0)
+
+
 def test_a_process_that_dies_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="a process ended with exit code 3"):
         list(ordered_map(work, tasks(tmp_path, 0, 1, -2, 3), 2))

@@ -43,7 +43,7 @@ def damaged(folder: Path) -> tuple[Path, dict[int, str]]:
     return write_items(folder / "data.lmdb", items | {b"length": b"K%c." % count, b"a": b"", b"b": b""}), expected
 
 
-@pytest.mark.parametrize("num_workers", [1, 2])
+@pytest.mark.parametrize("num_workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_all_that_cannot_be_used_is_listed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, num_workers: int
 ) -> None:

@@ -2,7 +2,7 @@
 
 import json
 import os
-import sys
+import re
 from pathlib import Path
 
 import ase.io
@@ -34,7 +34,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     arguments += ["--model.force_hidden_channels=32", "--optim.num_workers=0", "--optim.eval_every_epochs=1"]
     arguments += ["--run-dir", str(root), "--identifier", "run", "--optim.warmup_steps=2"]
     assert main([*arguments, "--optim.max_epochs=1"]) == 0
-    processes.run([*arguments, "--optim.max_epochs=2", "--num-gpus", "2"])
+    output = processes.run([*arguments, "--optim.max_epochs=2", "--num-gpus", "2"])
+    (root / "two_ranks.log").write_text(output)
     return root / "run"
 
 
@@ -50,6 +51,15 @@ def test_two_ranks_and_a_resume_give_results_of_both_splits(trained: Path) -> No
     assert results["run"]["device"] == f"2 x CPU, {threads} thread(s)"  # the ranks share the cores
     table = (trained / "results" / "table.md").read_text()
     assert "Energy MAE [meV]: val_known" in table and "not QM7-X" in table and "paper" not in table
+
+
+def test_two_ranks_say_what_one_says(trained: Path) -> None:
+    """Each line once, with its time; nothing of the libraries around."""
+    lines = (trained.parent / "two_ranks.log").read_text().splitlines()
+    evaluated = [line for line in lines if ": forces_mae: val_known " in line]
+    assert len(evaluated) == 1 and re.match(r"\d\d:\d\d:\d\d INFO step \d+: ", evaluated[0]), lines
+    foreign = ("INFO:", "torchtnt", "fairchem", "run_id", "FutureWarning", "distributed backend")
+    assert [line for line in lines if any(word in line for word in foreign)] == []
 
 
 @pytest.mark.parametrize("frames", ["canonical", "full", "none"])
@@ -93,9 +103,8 @@ def test_calculator_and_relaxation_need_no_tags(trained: Path, tmp_path: Path) -
     energy, forces = atoms.get_potential_energy(), atoms.get_forces()
     assert np.isfinite(energy) and forces.shape == (len(atoms), 3)
     ase.io.write(tmp_path / "in.extxyz", molecules()[:3])
-    arguments = ["--checkpoint", best, "--device", "cpu", "--fmax", "0.05", "--max-steps", "3"]
-    arguments += ["--input", str(tmp_path / "in.extxyz"), "--output", str(tmp_path / "out")]
-    processes.run(arguments, program=[sys.executable, str(processes.ROOT / "scripts" / "relax.py")])
+    arguments = ["--checkpoint", best, "--device", "cpu", "--fmax", 0.05, "--max-steps", 3]
+    processes.run_script("relax.py", *arguments, "--input", tmp_path / "in.extxyz", "--output", tmp_path / "out")
     relaxed = ase.io.read(tmp_path / "out" / "relaxed.extxyz", ":")
     assert [found.get_chemical_formula() for found in relaxed] == [m.get_chemical_formula() for m in molecules()[:3]]
 

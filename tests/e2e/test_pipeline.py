@@ -1,7 +1,9 @@
-"""S2EF from the download to the leaderboard's file and to relaxed structures, by real commands on small data."""
+"""S2EF from the download to the leaderboard's file and to relaxed structures, by real commands on small data.
+
+Training runs in a process of its own, as a user starts it; all else in this one.
+"""
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,6 @@ from faenet_ocp.launch.cli import main
 from faenet_ocp.prepare.s2ef import Options, prepare
 from s2ef_raw import by_ase, write_raw
 
-ROOT = Path(__file__).resolve().parents[2]
 PARTS = ("id", "ood_ads", "ood_cat", "ood_both")
 SMALL = [
     *("--model.hidden_channels=32", "--model.num_filters=32", "--model.num_interactions=2", "--model.num_gaussians=20"),
@@ -22,16 +23,12 @@ SMALL = [
 ]
 
 
-def _script(name: str, *arguments: object) -> None:
-    processes.run([*map(str, arguments)], program=[sys.executable, str(ROOT / "scripts" / name)])
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Raw downloads of training, validation and test splits, prepared by the script."""
     root = tmp_path_factory.mktemp("data")
     raw = write_raw(root / "raw" / "train", 2, fixed="subsurface")
-    _script("prepare_s2ef.py", "--data-path", raw, "--out-path", root / "s2ef/2M/train", "--get-edges")
+    processes.run_script("prepare_s2ef.py", "--data-path", raw, "--out-path", root / "s2ef/2M/train", "--get-edges")
     for number, part in enumerate(PARTS):
         raw = write_raw(root / "raw" / part, 1, frames=3 + number, fixed="subsurface")
         prepare(raw, root / f"s2ef/all/val_{part}", options=Options())
@@ -46,13 +43,13 @@ def test_from_the_download_to_the_leaderboard(data: Path, tmp_path: Path) -> Non
     evaluate = ["--checkpoint", str(checkpoint), "--frames.eval_method=canonical", "--run-dir", str(tmp_path)]
     tests = ", ".join(f"test_{part}: {{src: s2ef/all/test_{part}}}" for part in PARTS)
     predict = ["--mode", "predict", *evaluate, "--identifier", "sent", f"--dataset.test={{{tests}}}"]
-    predicting = processes.start(predict)
-    assert main(["--mode", "validate", *evaluate, "--identifier", "scored"]) == 0
-    output, _ = predicting.communicate(timeout=300)
-    assert predicting.returncode == 0, output
+    for command in (predict, ["--mode", "validate", *evaluate, "--identifier", "scored"]):
+        assert main(command) == 0
     folder, out = tmp_path / "sent" / "results" / "predictions", tmp_path / "submission.npz"
     sources = ",".join(str(data / f"s2ef/all/test_{part}") for part in PARTS)
-    _script("make_submission.py", "--task", "s2ef", "--predictions", folder, "--sources", sources, "--out", out)
+    processes.run_script(
+        "make_submission.py", "--task", "s2ef", "--predictions", folder, "--sources", sources, "--out", out
+    )
 
     scored = json.loads((tmp_path / "scored" / "results" / "metrics.json").read_text())["splits"]
     with np.load(out) as sent:
@@ -64,7 +61,7 @@ def test_from_the_download_to_the_leaderboard(data: Path, tmp_path: Path) -> Non
 def test_relaxing(s2ef_checkpoint: Path, small_is2re: Path, tmp_path: Path) -> None:
     structures = small_is2re / "is2re/all/val_id/data.lmdb"
     arguments = ["--checkpoint", s2ef_checkpoint, "--input", structures, "--output", tmp_path, "--max-steps", 2]
-    _script("relax.py", *arguments)
+    processes.run_script("relax.py", *arguments)
     assert json.loads((tmp_path / "metrics.json").read_text())["num_structures"] == 4
 
 

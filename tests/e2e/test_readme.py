@@ -2,10 +2,8 @@
 
 import json
 import re
-import runpy
 import shlex
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
@@ -15,6 +13,7 @@ import pytest
 import torch
 from pydantic import BaseModel
 
+import processes
 from e2e.test_own_structures import structures
 from faenet_ocp.config.schema import Config
 from faenet_ocp.launch.cli import main
@@ -45,11 +44,6 @@ def _has(command: str, option: str) -> bool:
     return not ("configs/own" in command and "tag_hidden" in option)
 
 
-def _script(name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", [name, *arguments])
-    runpy.run_path(str(ROOT / "scripts" / name), run_name="__main__")
-
-
 def test_commands_run(
     small_is2re: Path,
     small_s2ef: Path,
@@ -76,7 +70,7 @@ def test_commands_run(
             assert main([*arguments, *small]) == 0, command
         else:
             limits = ["--max-steps", "2"] if program.endswith("relax.py") else []
-            _script(Path(program).name, [*arguments, *limits], monkeypatch)
+            processes.run_script(Path(program).name, *arguments, *limits)
     assert len(COMMANDS) > 8
     assert "next: python scripts/prepare_s2ef.py --data-path data" in caplog.text
     for result in ("runs/is2re-all/results/table.md", "runs/s2ef/checkpoints/best.pt", "relaxed/val_id/metrics.json"):
@@ -85,9 +79,8 @@ def test_commands_run(
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_scripts_answer(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    with pytest.raises(SystemExit, match=r"^0$"):
-        _script(name, ["--help"], monkeypatch)
+def test_scripts_answer(name: str, capsys: pytest.CaptureFixture) -> None:
+    processes.run_script(name, "--help")
     assert "usage" in capsys.readouterr().out
 
 

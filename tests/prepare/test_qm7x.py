@@ -36,7 +36,7 @@ def contents(folder: Path) -> dict[str, list[bytes]]:
 
 
 def test_every_structure_once_in_its_split_with_its_labels(source: Path, tmp_path: Path) -> None:
-    counts = prepare(source, tmp_path / "out", num_workers=2)
+    counts = prepare(source, tmp_path / "out")
     found = contents(tmp_path / "out")
     assert counts == {split: len(records) for split, records in found.items()}
     assert sum(counts.values()) == len(read_store())
@@ -86,8 +86,8 @@ def test_shares_and_seed() -> None:
 
 @pytest.mark.slow
 def test_a_killed_call_is_finished_by_the_next(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The result is that of a call that was not killed, and finished shards are left alone."""
-    prepare(source, tmp_path / "whole")
+    """The result is that of a call of two processes that was not killed, and finished shards are left alone."""
+    prepare(source, tmp_path / "whole", num_workers=2)
     command = [sys.executable, "scripts/prepare_qm7x.py", "--data-path", source, "--out-path", tmp_path / "out"]
     process = subprocess.Popen(command, cwd=ROOT)
     state = tmp_path / "out" / qm7x.STATE_FOLDER
