@@ -20,7 +20,7 @@ def test_tables_are_those_of_the_results() -> None:
         assert shown.strip() == table.strip()
 
 
-@pytest.mark.parametrize("name", ["U0", "U0_9_epochs", "gap", "mu"])
+@pytest.mark.parametrize("name", ["U0", "U0_9_epochs", "U0_12_epochs", "gap", "mu"])
 def test_runs_are_those_of_the_results(name: str) -> None:
     document = read_results(DOCS / "benchmarks" / f"qm9_{name}.json")
     assert document["dataset"] == "QM9" and document["splits"]["test"]["num_systems"] == 10_831
