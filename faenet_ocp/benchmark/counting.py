@@ -11,6 +11,7 @@ Not counted: what optimisers that are fused do (one launch for many parameters),
 torch knowing.
 """
 
+import re
 import traceback
 from collections import Counter
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ _READS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "_unique"
 _GATHERS = ("index_select", "embedding", "index", "gather")
 """They read the rows that they give, not all that they are given."""
 _SCATTERS = ("index_add", "index_add_", "scatter_add", "scatter_add_", "embedding_dense_backward")
+_GENERATED = re.compile(r"\b(?:cpp_\w*fused\w*|triton_\w+\.run|extern_kernels\.\w+|torch\.ops\.[\w.]+)\(")
 _PACKAGE = Path(faenet_ocp.__file__).parent
 _OUTSIDE = "backward, or outside the package"
 
@@ -93,6 +95,11 @@ class Counting(TorchDispatchMode):
             shown = f"{tuple(largest.shape)} {str(largest.dtype).removeprefix('torch.')}"
             self.launches.append(Launch(name, _place(), _moved(name, given, results), shown, _size(largest)))
         return out
+
+
+def generated_launches(source: str) -> int:
+    """Operations that code of torch's inductor gives to a device: fused ones, and those of libraries."""
+    return len(_GENERATED.findall(source.rpartition("def call(")[2]))
 
 
 def _waits(name: str, args: Any, kwargs: Any) -> bool:

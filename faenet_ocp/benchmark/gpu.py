@@ -22,14 +22,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from faenet_ocp.benchmark.counting import Counting
-from faenet_ocp.benchmark.gpu_batch import MadeBatch, Network, loss_of, made_batch, make_faenet, make_schnet
+from faenet_ocp.benchmark.counting import Counting, generated_launches
+from faenet_ocp.benchmark.gpu_batch import (
+    MadeBatch,
+    Network,
+    loss_of,
+    made_batch,
+    make_faenet,
+    make_published,
+    make_schnet,
+)
 from faenet_ocp.benchmark.measure import measure
 
 Result = dict[str, Any]
@@ -159,10 +168,18 @@ def inference(network: nn.Module, batch: MadeBatch, name: str) -> Callable[[], A
 
 
 def speed(settings: Settings, limits: dict[str, float]) -> list[Result]:
-    """Samples per second of FAENet, as it is and compiled, and of SchNet; the first row of each mode is SchNet's."""
+    """Samples per second of FAENet, as it is and compiled, of the published package where it is installed, and of
+    SchNet, whose row is the first of each mode."""
     batch = made_batch(settings.systems, largest=settings.largest).on(settings.device)
-    networks = {"SchNet": make_schnet(small=settings.small), "FAENet": make_faenet(small=settings.small)}
+    networks: dict[str, nn.Module] = {
+        "SchNet": make_schnet(small=settings.small),
+        "FAENet": make_faenet(small=settings.small),
+    }
     rows: list[Result] = []
+    try:
+        networks["published faenet 0.1.3"] = make_published(small=settings.small)
+    except ImportError as error:
+        rows.append({"mode": "both", "model": "published faenet", "precision": "", "unavailable": str(error)})
     for mode, make in (("inference", inference), ("training step", training_step)):
         functions: list[Callable[[], Any]] = []
         shown: list[Result] = []
@@ -173,15 +190,17 @@ def speed(settings: Settings, limits: dict[str, float]) -> list[Result]:
                 functions.append(make(network, batch, name))
                 shown.append({"mode": mode, "model": model, "precision": name, **work})
         torch.compiler.reset()
-        for name in ("fp32", "bf16"):
-            row: Result = {"mode": mode, "model": "FAENet, torch.compile", "precision": name}
+        for name, shapes in (("fp32", "dynamic"), ("fp32", "static"), ("bf16", "dynamic")):
+            row: Result = {"mode": mode, "model": f"FAENet, torch.compile, {shapes} shapes", "precision": name}
             try:
-                compiled, seconds = _compiled(networks["FAENet"], batch, make, name, small=settings.small)
+                compiled = _compiled(networks["FAENet"], dynamic=shapes == "dynamic", small=settings.small)
+                step = make(compiled, batch, name)
+                first = _first_call(step)
             except Exception as error:  # no compiler, or one that fails: the row says so
                 rows.append({**row, "unavailable": f"{type(error).__name__}: {str(error).splitlines()[0]}"})
                 continue
-            functions.append(compiled)
-            shown.append({**row, "first_call_seconds": seconds})
+            functions.append(step)
+            shown.append({**row, **first})
         for described, times in zip(shown, measure(functions, settings.device, settings.rounds), strict=True):
             rows.append({**described, **times, **_rates(described, median(times["seconds"]), settings, limits)})
     return rows
@@ -196,25 +215,32 @@ def _rates(row: Result, seconds: float, settings: Settings, limits: dict[str, fl
     return rates
 
 
-def _compiled(
-    network: nn.Module, batch: MadeBatch, make: Callable[..., Callable[[], Any]], name: str, *, small: bool
-) -> tuple[Callable[[], Any], float]:
-    """A step of the compiled network, and how long its first call took; `small`: traced, but nothing is generated."""
+def _compiled(network: nn.Module, *, dynamic: bool, small: bool) -> Any:
+    """The network, compiled when it is first called; `small`: traced, but nothing is generated."""
+    return torch.compile(network, dynamic=dynamic, fullgraph=True, backend="eager" if small else "inductor")
+
+
+def _first_call(step: Callable[[], Any]) -> Result:
+    """How long the first call takes, in which it is compiled, and the launches of what was: of the network alone."""
+    from torch._inductor.graph import GraphLowering
+
+    sources: set[str] = set()
     start = time.perf_counter()
-    backend = "eager" if small else "inductor"
-    step = make(torch.compile(network, dynamic=True, fullgraph=True, backend=backend), batch, name)
-    step()
-    return step, time.perf_counter() - start
+    with patch.object(GraphLowering, "save_output_code", sources.add):
+        step()
+    seconds = time.perf_counter() - start
+    return {"first_call_seconds": seconds, "launches": sum(map(generated_launches, sources)) or None}
 
 
 def _work(network: nn.Module, batch: MadeBatch, make: Callable[..., Callable[[], Any]]) -> dict[str, int]:
-    """Multiplications and additions in products of matrices, and bytes read and written, of one step."""
+    """Multiplications and additions in products of matrices, bytes read and written, and launches of one step."""
     step = make(network, batch, "fp32")
     with FlopCounterMode(display=False) as flops:
         step()
     with Counting() as counted:
         step()
-    return {"flops": flops.get_total_flops(), "bytes": sum(launch.num_bytes for launch in counted.launches)}
+    moved = sum(launch.num_bytes for launch in counted.launches)
+    return {"flops": flops.get_total_flops(), "bytes": moved, "launches": counted.num_launches}
 
 
 def limits(settings: Settings) -> dict[str, float]:
@@ -314,17 +340,18 @@ def run(settings: Settings, *, save: Callable[[Result], None], trainer: bool = T
 def markdown(result: Result) -> str:
     """The result as tables."""
     lines = [f"{result['device']}, torch {result['torch']}, {result['date'][:10]}", ""]
-    heads = ("mode", "model", "precision", "samples/s", "peak MB", "of arithmetic", "of memory", "first call, s")
-    lines += [_line(heads), _line(["---"] * 3 + ["---:"] * 5)]
+    heads = ("mode", "model", "precision", "samples/s", "peak MB", "of arithmetic", "of memory", "launches")
+    lines += [_line((*heads, "first call, s")), _line(["---"] * 3 + ["---:"] * 6)]
     for row in result["speed"]:
         start = [row["mode"], row["model"], row["precision"]]
         if "unavailable" in row:
-            lines.append(_line([*start, row["unavailable"], "", "", "", ""]))
+            lines.append(_line([*start, row["unavailable"], "", "", "", "", ""]))
             continue
         peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:.0f}"
         shares = [f"{row[key]:.0%}" if key in row else "" for key in ("share_of_arithmetic", "share_of_memory")]
         first = f"{row['first_call_seconds']:.0f}" if "first_call_seconds" in row else ""
-        lines.append(_line([*start, f"{row['samples_per_s']:.0f}", peak, *shares, first]))
+        launches = str(row["launches"] or "")
+        lines.append(_line([*start, f"{row['samples_per_s']:.0f}", peak, *shares, launches, first]))
     for name in ("equality", "waits", "ranks", "limits", "trainer"):
         if name in result:
             lines += ["", f"{name}: `{json.dumps(result[name])}`"]

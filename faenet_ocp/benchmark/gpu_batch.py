@@ -1,10 +1,12 @@
 """Batches and networks for `benchmark gpu`, from torch, torch_geometric and numpy alone."""
 
+from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch_geometric.data import Data
 
 from faenet_ocp.models.faenet import FAENet
 from faenet_ocp.models.functional import segment_sum
@@ -125,6 +127,38 @@ def make_schnet(*, small: bool) -> Network:
     channels = backbone.options.hidden_channels
     energy = _SummedReadout(backbone.scalar_output())
     return Network(backbone, energy, ForceHead(hidden_channels=channels, force_norm="layer"))
+
+
+class _Published(nn.Module):
+    """The published network on these batches, whose graph is made already; without a cell nothing is periodic."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, batch: MadeBatch) -> tuple[Tensor, Tensor]:
+        edges, systems = batch.edge_index.shape[1], len(batch.energy)
+        data = Data(**{name: getattr(batch, name) for name in ("pos", "atomic_numbers", "tags", "batch", "edge_index")})
+        data.cell_offsets = batch.pos.new_zeros(edges, 3)
+        data.cell = torch.eye(3).to(batch.pos).expand(systems, 3, 3)
+        ones = batch.batch.new_ones(edges, 1)
+        data.neighbors = segment_sum(ones, batch.batch[batch.edge_index[1]], systems)[:, 0]
+        outputs = self.network(data, mode="inference")
+        return outputs["energy"][:, 0], outputs["forces"]
+
+
+def make_published(*, small: bool) -> nn.Module:
+    """The published package's network with the settings of `make_faenet`.
+
+    Raises:
+        ImportError: the package is not installed.
+    """
+    from faenet_ocp.benchmark.published import build_published
+
+    torch.manual_seed(0)
+    network: Any = make_faenet(small=small)
+    options = asdict(network.backbone.options) | asdict(network.energy.options)
+    return _Published(build_published(options | {"force_hidden_channels": 256}, forces=True))
 
 
 def loss_of(network: nn.Module, batch: MadeBatch) -> Tensor:

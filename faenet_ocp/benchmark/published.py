@@ -17,6 +17,7 @@ from torch_geometric.utils import scatter
 from faenet_ocp.common.elements import NUM_GROUPS, PROPERTIES, element_table
 
 _OURS = {"name", "max_neighbors", "graph_norm", "skip_co", "force_decoder_type", "force_hidden_channels"}
+_OURS |= {"edge_embed_type", "att_heads", "envelope"}
 """Options that the package does not have, or names otherwise."""
 
 

@@ -10,7 +10,7 @@ import torch
 
 from faenet_ocp.benchmark import gpu
 from faenet_ocp.benchmark.gpu import Settings
-from faenet_ocp.benchmark.gpu_batch import Network, loss_of, made_batch, make_faenet
+from faenet_ocp.benchmark.gpu_batch import Network, loss_of, made_batch, make_faenet, make_published
 
 SMALL = Settings(torch.device("cpu"), systems=4, largest=30, rounds=1, small=True)
 
@@ -48,6 +48,21 @@ def test_equal_numbers_and_unequal_ones(monkeypatch: pytest.MonkeyPatch) -> None
     assert gpu.equality(SMALL)[0]["outputs"] > 1e-3
 
 
+@pytest.mark.filterwarnings("ignore:graph_norm 'batch':UserWarning")
+def test_the_published_network_has_the_same_settings_and_sees_the_same_edges() -> None:
+    """Its embeddings of atoms and edges, and the parameters behind the energy, are as many; only its norms differ."""
+    published, ours = make_published(small=True), make_faenet(small=True)
+    batch = made_batch(2, largest=30)
+    energy, forces = published(batch)
+    assert energy.shape == batch.energy.shape and forces.shape == batch.forces.shape
+    vectors: list[torch.Tensor] = []
+    published.network.embed_block.register_forward_pre_hook(lambda module, given: vectors.append(given[1]))
+    published(batch)
+    torch.testing.assert_close(vectors[0], batch.edge_vec, rtol=0, atol=1e-6)
+    sizes = [sum(parameter.numel() for parameter in network.parameters()) for network in (published, ours)]
+    assert sizes[0] == pytest.approx(sizes[1], rel=0.02)
+
+
 def test_a_plain_network_waits_only_where_a_cpu_checks_elements() -> None:
     found = gpu.waits(SMALL)
     assert set(found["waits"]) == {"_local_scalar_dense in models/base.py:check_elements"}
@@ -73,6 +88,21 @@ def test_forward_and_backward_compile_in_one_piece_each() -> None:
         torch.autograd.grad(loss_of(net, batch), list(network.parameters())[:20]) for net in (compiled, network)
     ]
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_launches_of_generated_code_are_counted() -> None:
+    """A product, and all that follows it as one; backward one operation before the two products."""
+
+    def function(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return (torch.tanh(x @ weight) + 1).square()
+
+    torch.compiler.reset()
+    x, weight = torch.ones(8, 8, requires_grad=True), torch.ones(8, 8, requires_grad=True)
+    compiled = torch.compile(function, dynamic=False)
+    assert gpu._first_call(lambda: compiled(x.detach(), weight.detach()))["launches"] == 2
+    torch.compiler.reset()
+    assert gpu._first_call(lambda: compiled(x, weight).backward(torch.ones(8, 8)))["launches"] == 5
 
 
 def test_its_first_part_needs_no_fairchem() -> None:
@@ -101,7 +131,8 @@ def test_the_command(tmp_path: Path) -> None:
     result = json.loads(output.read_text())
     assert done.stdout.endswith(output.with_suffix(".md").read_text())
     timed = [row for row in result["speed"] if "unavailable" not in row]
-    assert {row["model"] for row in timed} >= {"FAENet", "SchNet"}
+    compiled = {f"FAENet, torch.compile, {shapes} shapes" for shapes in ("dynamic", "static")}
+    assert {row["model"] for row in timed} == {"FAENet", "SchNet", "published faenet 0.1.3", *compiled}
     assert all(row["samples_per_s"] > 0 for row in timed)
     gloo, nccl = result["ranks"]
     assert gloo["gradients"] < 1e-5 and nccl["unavailable"] == "no CUDA"

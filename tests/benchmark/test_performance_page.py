@@ -51,6 +51,16 @@ def test_against_the_published_package() -> None:
             assert row.endswith(f" | {' | '.join(columns['is2re'][label] + columns['s2ef'][label])} |")
 
 
+def test_launches() -> None:
+    text = (DOCS / "performance.md").read_text()
+    rows = json.loads((DOCS / "benchmarks" / "gpu_on_cpu.json").read_text())["speed"]
+    for mode in ("inference", "training step"):
+        found = {row["model"]: row["launches"] for row in rows if row["mode"] == mode and row["precision"] == "fp32"}
+        shown = [found[name] for name in ("FAENet", "published faenet 0.1.3", "FAENet, torch.compile, dynamic shapes")]
+        assert f"| {mode} | {' | '.join(map(str, shown))} |\n" in text
+        assert found["FAENet, torch.compile, static shapes"] == shown[-1]
+
+
 def test_records_to_batches() -> None:
     text = (DOCS / "performance.md").read_text()
     for row in _groups("cpu_data")["data", "loading"]:
