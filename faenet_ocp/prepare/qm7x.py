@@ -14,7 +14,6 @@ whole and on disk; the folder `.prepare_qm7x` keeps the settings and what is fin
 
 import hashlib
 import json
-import logging
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -22,16 +21,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from faenet_ocp.common.files import exclusive, expand_path, remove_leftovers, write_json
-from faenet_ocp.common.pool import ordered_map
 from faenet_ocp.data.lmdb_files import natural_order
 from faenet_ocp.data.packed import encode_packed
 from faenet_ocp.prepare.lmdb_writer import write_arrays, write_metadata
 from faenet_ocp.prepare.pack import PackedShardWriter
-
-logger = logging.getLogger(__name__)
+from faenet_ocp.prepare.shards import write_shards
 
 FILES = tuple(f"{number}.hdf5" for number in range(1000, 9000, 1000))
 UNKNOWN = frozenset(
@@ -102,7 +98,14 @@ def prepare(
     (out_path / STATE_FOLDER).mkdir(parents=True, exist_ok=True)
     with exclusive(out_path / STATE_FOLDER / "lock", out_path):
         _keep_settings(out_path, {"seed": seed, "left_out": sorted(left_out)})
-        _write_all([task for task in tasks if not _is_done(task)], num_workers)
+        write_shards(
+            _write_shards,
+            [task for task in tasks if not _is_done(task)],
+            num_workers=num_workers,
+            inputs=lambda task: len(task.molecules),
+            unit="molecule",
+            records="structures",
+        )
         return _write_all_metadata(out_path, tasks)
 
 
@@ -175,23 +178,6 @@ def _is_done(task: _Task) -> bool:
     with np.load(task.sizes, allow_pickle=False) as archive:
         is_same = json.loads(str(archive["made_from"])) == task.made_from()
         return is_same and all(task.shard(split).exists() for split in SPLITS if len(archive[split]))
-
-
-def _write_all(tasks: list[_Task], num_workers: int) -> None:
-    faults, structures = [], 0
-    total = sum(len(task.molecules) for task in tasks)
-    with tqdm(total=total, unit="molecule", desc="preparing", smoothing=0.05, disable=not total) as bar:
-        results = ordered_map(_write_shards, [(task,) for task in tasks], num_workers)
-        for task, result in zip(tasks, results, strict=True):
-            if isinstance(result, ValueError):
-                faults.append(str(result))
-                logger.error("%s", result)
-            else:
-                structures += result
-            bar.set_postfix(structures=structures, refresh=False)
-            bar.update(len(task.molecules))
-    if faults:
-        raise ValueError("\n".join(faults))
 
 
 def _write_shards(task: _Task) -> int | ValueError:

@@ -27,15 +27,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch_geometric.data import Data
-from tqdm import tqdm
 
 from faenet_ocp.common.files import exclusive, expand_path, file_state, remove_leftovers, write_bytes
-from faenet_ocp.common.pool import ordered_map
 from faenet_ocp.data.lmdb_files import LmdbFile, natural_order
 from faenet_ocp.graph.neighbors import build_graph
 from faenet_ocp.graph.vectors import edge_vectors
 from faenet_ocp.prepare.extxyz import FormatError, Frame, LogLine, read_frames, read_log
 from faenet_ocp.prepare.lmdb_writer import METADATA_NAME, LmdbShardWriter, write_arrays, write_metadata
+from faenet_ocp.prepare.shards import write_shards
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +116,14 @@ def prepare(
         if len(missing) < len(shards):
             logger.info("%s: %d of %d shards are finished already", out_path, len(shards) - len(missing), len(shards))
         if missing:
-            _write_all(missing, num_workers)
+            write_shards(
+                _write_shard,
+                missing,
+                num_workers=num_workers,
+                inputs=lambda shard: len(shard.pairs),
+                unit="file",
+                records="frames",
+            )
         sizes = [_read_sizes(shard.sizes) for shard in shards]
         natoms, neighbors = (np.concatenate([size[name] for size in sizes]) for name in ("natoms", "neighbors"))
         if missing or not (out_path / METADATA_NAME).exists():
@@ -289,23 +295,6 @@ def _read_pair(pair: _Pair, options: Options) -> Iterator[tuple[Frame, LogLine]]
 
 
 # Shards
-
-
-def _write_all(shards: list[_Shard], num_workers: int) -> None:
-    faults: list[FormatError] = []
-    frames = 0
-    with tqdm(total=sum(len(shard.pairs) for shard in shards), unit="file", desc="preparing", smoothing=0.05) as bar:
-        results = ordered_map(_write_shard, [(shard,) for shard in shards], num_workers)
-        for shard, result in zip(shards, results, strict=True):
-            if isinstance(result, FormatError):
-                faults.append(result)
-                logger.error("%s", result)
-            else:
-                frames += result
-            bar.set_postfix(frames=frames, refresh=False)
-            bar.update(len(shard.pairs))
-    if faults:
-        raise FormatError("\n".join(map(str, faults)))
 
 
 def _write_shard(shard: _Shard) -> int | FormatError:
