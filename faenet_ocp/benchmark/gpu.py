@@ -14,68 +14,21 @@ import json
 import os
 import socket
 import sys
-import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import median
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
 
-from faenet_ocp.benchmark.counting import Counting, generated_launches
-from faenet_ocp.benchmark.gpu_batch import (
-    MadeBatch,
-    Network,
-    loss_of,
-    made_batch,
-    make_faenet,
-    make_published,
-    make_schnet,
-)
-from faenet_ocp.benchmark.measure import measure
+from faenet_ocp.benchmark.counting import Counting
+from faenet_ocp.benchmark.gpu_batch import MadeBatch, Network, loss_of, made_batch, make_faenet
+from faenet_ocp.benchmark.gpu_speed import MATMUL, MODES, Result, Settings, limits, precision, speed, training_step
 
-Result = dict[str, Any]
 _EXACT = torch.float64
-_MATMUL = {"fp32": "highest", "tf32": "high", "bf16": "high"}
-"""torch's precision of products of float32 matrices; bf16 is autocast."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What to run.
-
-    Attributes:
-        device: cuda or cpu.
-        systems: of a batch.
-        largest: atoms of a system.
-        rounds: how often each row is timed.
-        small: networks with few channels, and little of everything.
-    """
-
-    device: torch.device
-    systems: int = 64
-    largest: int = 225
-    rounds: int = 20
-    small: bool = False
-
-
-@contextmanager
-def precision(name: str, device: torch.device) -> Iterator[None]:
-    """Inside: fp32, tf32 or bf16."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(_MATMUL[name])
-    try:
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=name == "bf16"):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 # --- Equal numbers ---
@@ -94,7 +47,7 @@ def equality(settings: Settings) -> list[Result]:
     rows = []
     for device in dict.fromkeys((torch.device("cpu"), settings.device)):
         network.to(device)
-        for name in ("fp32", "bf16") if device.type == "cpu" else _MATMUL:
+        for name in ("fp32", "bf16") if device.type == "cpu" else MATMUL:
             with precision(name, device):
                 found = _outputs_and_gradients(network, batch.on(device))
             errors = {kind: _error(found[kind], exact[kind]) for kind in exact}
@@ -137,127 +90,6 @@ def waits(settings: Settings) -> Result:
             torch.cuda.set_sync_debug_mode("default")
         found = [f"{one.filename}:{one.lineno}" for one in caught if "synchronizing" in str(one.message)]
     return {"waits": found, "launches": counted.num_launches, "bytes_by_place": counted.bytes_by_place()}
-
-
-# --- Speed ---
-
-
-def training_step(network: nn.Module, batch: MadeBatch, name: str) -> Callable[[], None]:
-    """Forward, loss, backward and AdamW, on weights that hardly change."""
-    device = batch.pos.device
-    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-9, weight_decay=0, fused=True)
-
-    def step() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        with precision(name, device):
-            loss = loss_of(network, batch)
-        loss.backward()
-        optimizer.step()
-
-    return step
-
-
-def inference(network: nn.Module, batch: MadeBatch, name: str) -> Callable[[], Any]:
-    """A forward pass without gradients."""
-
-    def step() -> Any:
-        with torch.no_grad(), precision(name, batch.pos.device):
-            return network(batch)
-
-    return step
-
-
-def speed(settings: Settings, limits: dict[str, float]) -> list[Result]:
-    """Samples per second of FAENet, as it is and compiled, of the published package where it is installed, and of
-    SchNet, whose row is the first of each mode."""
-    batch = made_batch(settings.systems, largest=settings.largest).on(settings.device)
-    networks: dict[str, nn.Module] = {
-        "SchNet": make_schnet(small=settings.small),
-        "FAENet": make_faenet(small=settings.small),
-    }
-    rows: list[Result] = []
-    try:
-        networks["published faenet 0.1.3"] = make_published(small=settings.small)
-    except ImportError as error:
-        rows.append({"mode": "both", "model": "published faenet", "precision": "", "unavailable": str(error)})
-    for mode, make in (("inference", inference), ("training step", training_step)):
-        functions: list[Callable[[], Any]] = []
-        shown: list[Result] = []
-        for model, network in networks.items():
-            network.to(settings.device).train(mode != "inference")
-            work = _work(network, batch, make)
-            for name in _MATMUL:
-                functions.append(make(network, batch, name))
-                shown.append({"mode": mode, "model": model, "precision": name, **work})
-        torch.compiler.reset()
-        for name, shapes in (("fp32", "dynamic"), ("fp32", "static"), ("bf16", "dynamic")):
-            row: Result = {"mode": mode, "model": f"FAENet, torch.compile, {shapes} shapes", "precision": name}
-            try:
-                compiled = _compiled(networks["FAENet"], dynamic=shapes == "dynamic", small=settings.small)
-                step = make(compiled, batch, name)
-                first = _first_call(step)
-            except Exception as error:  # no compiler, or one that fails: the row says so
-                rows.append({**row, "unavailable": f"{type(error).__name__}: {str(error).splitlines()[0]}"})
-                continue
-            functions.append(step)
-            shown.append({**row, **first})
-        for described, times in zip(shown, measure(functions, settings.device, settings.rounds), strict=True):
-            rows.append({**described, **times, **_rates(described, median(times["seconds"]), settings, limits)})
-    return rows
-
-
-def _rates(row: Result, seconds: float, settings: Settings, limits: dict[str, float]) -> Result:
-    """Samples per second, and shares of what the device reaches."""
-    rates = {"samples_per_s": settings.systems / seconds}
-    if "flops" in row:
-        rates["share_of_arithmetic"] = row["flops"] / limits[f"{row['precision']}_flops"] / seconds
-        rates["share_of_memory"] = row["bytes"] / limits["bytes_per_s"] / seconds
-    return rates
-
-
-def _compiled(network: nn.Module, *, dynamic: bool, small: bool) -> Any:
-    """The network, compiled when it is first called; `small`: traced, but nothing is generated."""
-    return torch.compile(network, dynamic=dynamic, fullgraph=True, backend="eager" if small else "inductor")
-
-
-def _first_call(step: Callable[[], Any]) -> Result:
-    """How long the first call takes, in which it is compiled, and the launches of what was: of the network alone."""
-    from torch._inductor.graph import GraphLowering
-
-    sources: set[str] = set()
-    start = time.perf_counter()
-    with patch.object(GraphLowering, "save_output_code", sources.add):
-        step()
-    seconds = time.perf_counter() - start
-    return {"first_call_seconds": seconds, "launches": sum(map(generated_launches, sources)) or None}
-
-
-def _work(network: nn.Module, batch: MadeBatch, make: Callable[..., Callable[[], Any]]) -> dict[str, int]:
-    """Multiplications and additions in products of matrices, bytes read and written, and launches of one step."""
-    step = make(network, batch, "fp32")
-    with FlopCounterMode(display=False) as flops:
-        step()
-    with Counting() as counted:
-        step()
-    moved = sum(launch.num_bytes for launch in counted.launches)
-    return {"flops": flops.get_total_flops(), "bytes": moved, "launches": counted.num_launches}
-
-
-def limits(settings: Settings) -> dict[str, float]:
-    """What the device reaches: operations a second in a large product of matrices, bytes a second in a large copy."""
-    side, numbers = (256, 2**20) if settings.small else (8192, 2**28)
-    a, source = torch.randn(side, side, device=settings.device), torch.zeros(numbers, device=settings.device)
-    target, found = torch.empty_like(source), {}
-    for name in _MATMUL:
-
-        def product(name: str = name) -> None:
-            with precision(name, settings.device):
-                a @ a
-
-        (times,) = measure([product], settings.device, 5)
-        found[f"{name}_flops"] = 2 * side**3 / median(times["seconds"])
-    (times,) = measure([lambda: target.copy_(source)], settings.device, 5)
-    return found | {"bytes_per_s": 8 * numbers / median(times["seconds"])}
 
 
 # --- Ranks ---
@@ -310,31 +142,36 @@ def run(settings: Settings, *, save: Callable[[Result], None], trainer: bool = T
 
     Args:
         settings: what to run.
-        save: called with the result before the trainer and after it.
+        save: called with the result so far after each part, the longest (compiling) last: time may run out.
         trainer: whether to run it.
     """
-    reached = limits(settings)
     result: Result = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": torch.cuda.get_device_name(settings.device) if settings.device.type == "cuda" else "CPU",
         "torch": torch.__version__,
         "settings": {**dataclasses.asdict(settings), "device": str(settings.device)},
-        "limits": reached,
-        "equality": equality(settings),
-        "waits": waits(settings),
-        "speed": speed(settings, reached),
-        "ranks": ranks(settings),
     }
-    save(result)
-    if trainer:
-        try:
-            from faenet_ocp.benchmark.gpu_trainer import train_on
-
-            result["trainer"] = train_on(settings.device, small=settings.small)
-        except ImportError as error:
-            result["trainer"] = {"unavailable": str(error)}
-        save(result)
+    parts: dict[str, Callable[[Settings], Any]] = {"limits": limits, "equality": equality, "waits": waits}
+    parts |= {"ranks": ranks} | ({"trainer": _trainer} if trainer else {})
+    with tqdm(total=len(parts) + len(MODES), desc="benchmark", unit="part", disable=None) as bar:
+        for name, part in parts.items():
+            result[name] = part(settings)
+            save(result)
+            bar.update()
+        result["speed"] = []
+        for rows in speed(settings, result["limits"]):
+            result["speed"] += rows
+            save(result)
+            bar.update()
     return result
+
+
+def _trainer(settings: Settings) -> Result:
+    try:
+        from faenet_ocp.benchmark.gpu_trainer import train_on
+    except ImportError as error:
+        return {"unavailable": str(error)}
+    return train_on(settings.device, small=settings.small)
 
 
 def markdown(result: Result) -> str:
@@ -342,7 +179,7 @@ def markdown(result: Result) -> str:
     lines = [f"{result['device']}, torch {result['torch']}, {result['date'][:10]}", ""]
     heads = ("mode", "model", "precision", "samples/s", "peak MB", "of arithmetic", "of memory", "launches")
     lines += [_line((*heads, "first call, s")), _line(["---"] * 3 + ["---:"] * 6)]
-    for row in result["speed"]:
+    for row in result.get("speed", []):
         start = [row["mode"], row["model"], row["precision"]]
         if "unavailable" in row:
             lines.append(_line([*start, row["unavailable"], "", "", "", "", ""]))

@@ -4,11 +4,12 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from faenet_ocp.benchmark import gpu
+from faenet_ocp.benchmark import gpu, gpu_speed
 from faenet_ocp.benchmark.gpu import Settings
 from faenet_ocp.benchmark.gpu_batch import Network, loss_of, made_batch, make_faenet, make_published
 
@@ -100,9 +101,9 @@ def test_launches_of_generated_code_are_counted() -> None:
     torch.compiler.reset()
     x, weight = torch.ones(8, 8, requires_grad=True), torch.ones(8, 8, requires_grad=True)
     compiled = torch.compile(function, dynamic=False)
-    assert gpu._first_call(lambda: compiled(x.detach(), weight.detach()))["launches"] == 2
+    assert gpu_speed._first_call(lambda: compiled(x.detach(), weight.detach()))["launches"] == 2
     torch.compiler.reset()
-    assert gpu._first_call(lambda: compiled(x, weight).backward(torch.ones(8, 8)))["launches"] == 5
+    assert gpu_speed._first_call(lambda: compiled(x, weight).backward(torch.ones(8, 8)))["launches"] == 5
 
 
 def test_its_first_part_needs_no_fairchem() -> None:
@@ -111,6 +112,18 @@ def test_its_first_part_needs_no_fairchem() -> None:
         "assert not {'fairchem', 'lmdb', 'ase', 'faenet_ocp.kernels'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_what_is_done_is_kept_when_time_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(settings: Settings) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gpu, "ranks", interrupted)
+    saved: list[dict[str, Any]] = []
+    with pytest.raises(KeyboardInterrupt):
+        gpu.run(SMALL, save=lambda result: saved.append(dict(result)), trainer=False)
+    assert {"limits", "equality", "waits"} < saved[-1].keys() and "ranks" not in saved[-1]
+    assert "equality: `" in gpu.markdown(saved[-1])
 
 
 @pytest.mark.slow
