@@ -130,25 +130,28 @@ def make_schnet(*, small: bool) -> Network:
 
 
 class _Published(nn.Module):
-    """The published network on these batches, whose graph is made already; without a cell nothing is periodic."""
+    """The published network on one batch, whose input is made once: its steps hold nothing of ours."""
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, batch: MadeBatch) -> None:
         super().__init__()
         self.network = network
+        # No neighbour lies in another cell.
+        edges, systems = batch.edge_index.shape[1], len(batch.energy)
+        self.data = Data(
+            **{name: getattr(batch, name) for name in ("pos", "atomic_numbers", "tags", "batch", "edge_index")},
+            cell=torch.eye(3).to(batch.pos).repeat(systems, 1, 1),
+            cell_offsets=batch.pos.new_zeros(edges, 3),
+            neighbors=torch.bincount(batch.batch[batch.edge_index[1]], minlength=systems),
+        )
 
     def forward(self, batch: MadeBatch) -> tuple[Tensor, Tensor]:
-        edges, systems = batch.edge_index.shape[1], len(batch.energy)
-        data = Data(**{name: getattr(batch, name) for name in ("pos", "atomic_numbers", "tags", "batch", "edge_index")})
-        data.cell_offsets = batch.pos.new_zeros(edges, 3)
-        data.cell = torch.eye(3).to(batch.pos).expand(systems, 3, 3)
-        ones = batch.batch.new_ones(edges, 1)
-        data.neighbors = segment_sum(ones, batch.batch[batch.edge_index[1]], systems)[:, 0]
-        outputs = self.network(data, mode="inference")
+        """Energies (B,) and forces (N, 3), of the batch that it was made for."""
+        outputs = self.network(self.data, mode="inference")
         return outputs["energy"][:, 0], outputs["forces"]
 
 
-def make_published(*, small: bool) -> nn.Module:
-    """The published package's network with the settings of `make_faenet`.
+def make_published(batch: MadeBatch, *, small: bool) -> nn.Module:
+    """The published package's network with the settings of `make_faenet`, for this batch.
 
     Raises:
         ImportError: the package is not installed.
@@ -158,7 +161,8 @@ def make_published(*, small: bool) -> nn.Module:
     torch.manual_seed(0)
     network: Any = make_faenet(small=small)
     options = asdict(network.backbone.options) | asdict(network.energy.options)
-    return _Published(build_published(options | {"force_hidden_channels": 256}, forces=True))
+    options["force_hidden_channels"] = network.forces.options.force_hidden_channels
+    return _Published(build_published(options, forces=True), batch)
 
 
 def loss_of(network: nn.Module, batch: MadeBatch) -> Tensor:

@@ -89,7 +89,7 @@ def speed(settings: Settings, limits: dict[str, float]) -> Iterator[list[Result]
         "FAENet": make_faenet(small=settings.small),
     }
     try:
-        networks["published faenet 0.1.3"] = make_published(small=settings.small)
+        networks["published faenet 0.1.3"] = make_published(batch, small=settings.small)
     except ImportError as error:
         yield [{"mode": "both", "model": "published faenet", "precision": "", "unavailable": str(error)}]
     for mode, make in MODES.items():

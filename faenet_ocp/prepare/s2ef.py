@@ -115,15 +115,14 @@ def prepare(
         missing = [shard for shard in shards if not _is_finished(shard)]
         if len(missing) < len(shards):
             logger.info("%s: %d of %d shards are finished already", out_path, len(shards) - len(missing), len(shards))
-        if missing:
-            write_shards(
-                _write_shard,
-                missing,
-                num_workers=num_workers,
-                inputs=lambda shard: len(shard.pairs),
-                unit="file",
-                records="frames",
-            )
+        write_shards(
+            _write_shard,
+            missing,
+            num_workers=num_workers,
+            inputs=lambda shard: len(shard.pairs),
+            unit="file",
+            records="frames",
+        )
         sizes = [_read_sizes(shard.sizes) for shard in shards]
         natoms, neighbors = (np.concatenate([size[name] for size in sizes]) for name in ("natoms", "neighbors"))
         if missing or not (out_path / METADATA_NAME).exists():

@@ -52,8 +52,8 @@ def test_equal_numbers_and_unequal_ones(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.filterwarnings("ignore:graph_norm 'batch':UserWarning")
 def test_the_published_network_has_the_same_settings_and_sees_the_same_edges() -> None:
     """Its embeddings of atoms and edges, and the parameters behind the energy, are as many; only its norms differ."""
-    published, ours = make_published(small=True), make_faenet(small=True)
     batch = made_batch(2, largest=30)
+    published, ours = make_published(batch, small=True), make_faenet(small=True)
     energy, forces = published(batch)
     assert energy.shape == batch.energy.shape and forces.shape == batch.forces.shape
     vectors: list[torch.Tensor] = []
