@@ -25,7 +25,7 @@ class _SegmentSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, index: Tensor, size: int) -> Tensor:
         ctx.save_for_backward(index)
-        return values.new_zeros(size, *values.shape[1:]).index_add(0, index, values)
+        return values.new_zeros(size, *values.shape[1:]).index_add_(0, index, values)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:

@@ -1,5 +1,6 @@
 """What is predicted: fairchem tasks, the only owners of normalised <-> physical units (eV and eV/Angstrom)."""
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -146,7 +147,7 @@ def energy_gradient_forces(
 
 def has_no_forces_of_its_own(model: nn.Module, tasks: Sequence[Task]) -> bool:
     """Whether forces are asked for that the model has no head for: they are -dE/dX."""
-    heads = getattr(model, "output_heads", {"forces": None})
+    heads = getattr(getattr(model, "module", model), "output_heads", {"forces": None})  # under DDP, too
     return any(task.name == "forces" for task in tasks) and "forces" not in heads
 
 
@@ -163,14 +164,29 @@ def conservative_outputs(model: nn.Module, tasks: Sequence[Task], batch: AtomicD
     return outputs
 
 
-def training_outputs(model: nn.Module, tasks: Sequence[Task], batch: AtomicData) -> dict[str, Any]:
-    """Model outputs; forces of a model without a head for them are -dE/dX, to be differentiated once more."""
-    if not has_no_forces_of_its_own(model, tasks):
-        return model(batch)
-    batch.pos.requires_grad_(True)
-    outputs = model(batch)
-    forces = energy_gradient_forces(tasks, outputs, batch.pos, differentiable=True)
-    return {**outputs, "forces": {"forces": forces}}
+def training_outputs(
+    model: nn.Module,
+    tasks: Sequence[Task],
+    batch: AtomicData,
+    autocast: contextlib.AbstractContextManager[Any] | None = None,
+) -> dict[str, Any]:
+    """Model outputs; forces of a model without a head for them are -dE/dX, to be differentiated once more.
+
+    Args:
+        model: may be wrapped in DDP.
+        tasks: energy and forces among them where the model has no forces of its own.
+        batch: its `pos` is made to require gradients where these are needed.
+        autocast: around the model alone.
+    """
+    conservative = has_no_forces_of_its_own(model, tasks)
+    if conservative:
+        batch.pos.requires_grad_(True)
+    with autocast or contextlib.nullcontext():
+        outputs = model(batch)
+    if conservative:
+        forces = energy_gradient_forces(tasks, outputs, batch.pos, differentiable=True)
+        outputs = {**outputs, "forces": {"forces": forces}}
+    return outputs
 
 
 def unseen_elements(tasks: Sequence[Task], fits: Mapping[str, CompositionFit]) -> Tensor:

@@ -28,7 +28,7 @@ from faenet_ocp.config.optim import OptimConfig
 from faenet_ocp.data.loader import Batches
 from faenet_ocp.evaluation import log_names
 from faenet_ocp.tasks.losses import SummedLoss, loss_mask, task_loss
-from faenet_ocp.tasks.tasks import energy_gradient_forces, has_no_forces_of_its_own
+from faenet_ocp.tasks.tasks import energy_gradient_forces, training_outputs
 from faenet_ocp.training.loggers import MetricLogger
 from faenet_ocp.training.nonfinite import FiniteSteps, Step
 from faenet_ocp.training.optim import Plateau, WarmingEMA, learning_rate_schedule, make_optimizer, total_steps
@@ -154,14 +154,10 @@ class OCPTrainUnit(MLIPTrainEvalUnit):
 
     def _losses(self, batch: AtomicData, counts: Tensor) -> Tensor:
         """This micro-batch's part of each loss; DDP averages gradients over ranks, hence the world size."""
-        conservative = has_no_forces_of_its_own(self.raw_model, self.all_tasks)
-        if conservative or (self.gradient_loss is not None and self._has_begun(self.gradient_loss)):
+        if self.gradient_loss is not None and self._has_begun(self.gradient_loss):
             batch.pos.requires_grad_(True)
-        with torch.autocast(batch.pos.device.type, enabled=self.autocast_enabled, dtype=self.autocast_dtype):
-            outputs = self.model(batch)
-        if conservative:
-            forces = energy_gradient_forces(self.all_tasks, outputs, batch.pos, differentiable=True)
-            outputs = {**outputs, "forces": {"forces": forces}}
+        autocast = torch.autocast(batch.pos.device.type, enabled=self.autocast_enabled, dtype=self.autocast_dtype)
+        outputs = training_outputs(self.model, self.all_tasks, batch, autocast)
         # A term that has not begun is multiplied by 0: every parameter takes part in every step, as DDP wants.
         parts = [term.value(outputs, batch) * float(self._has_begun(term.loss)) for term in self.terms]
         return torch.stack(parts) * (distutils.get_world_size() / counts)
