@@ -6,7 +6,9 @@ they are for, so that a misspelt option is an error before any work starts.
 
 import glob
 import inspect
+import logging
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,8 @@ from faenet_ocp.data import ase_files, packed  # noqa: F401  # register the data
 from faenet_ocp.data.held_out import hold_out
 from faenet_ocp.models import fairchem as faenet_models  # noqa: F401  # registers FAENet and its heads
 from faenet_ocp.models.frame_averaging import FrameAveragedModel
+
+logger = logging.getLogger(__name__)
 
 _GRAPH = {"cutoff": 6.0, "max_neighbors": 40}
 
@@ -62,8 +66,23 @@ def _open(
         part = next((place for place, name in enumerate(shares) if config.dataset.val[name] is source), len(shares))
         folder = Path(config.job.run_dir) / ".cache"  # of all: the first that opens it reads which belong together
         whole = _open_files(config, config.dataset.train, transforms, labelled, folder, edges)
-        return whole.select(_held_out(config, whole, shares)[part])
+        chosen = _held_out(config, whole, shares)[part]
+        if part < len(shares):
+            name = list(shares)[part]
+            _tell_of_share(name, shares[name], len(chosen), len(whole))
+        return whole.select(chosen)
     return _open_files(config, source, transforms, labelled, cache_dir, edges)
+
+
+@cache
+def _tell_of_share(name: str, share: float, held_out: int, total: int) -> None:
+    """Whole systems, of different sizes or few, can be far from the share that is asked for."""
+    if not share / 2 <= held_out / total <= 2 * share:
+        logger.warning(
+            "dataset.val.%s.from_train: %g of the systems are %d of %d samples (%.2g of them): systems are few, or of"
+            " different sizes",
+            *(name, share, held_out, total, held_out / total),
+        )
 
 
 def _held_out(config: Config, dataset: Any, shares: Mapping[str, float]) -> list[NDArray[np.int64]]:

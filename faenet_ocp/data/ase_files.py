@@ -13,9 +13,10 @@ import io
 import lzma
 import os
 import re
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, lru_cache
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,8 @@ from faenet_ocp.data.tags import CHOICES, non_metals
 
 _COMPRESSED: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _DATABASES = ("db", "json", "aselmdb")
+_OPEN_AT_ONCE = 64
+"""Trajectories and databases that a process keeps open: it may open about a thousand files."""
 
 
 # Finding files
@@ -61,9 +64,11 @@ def find_files(source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
     files = [file for path in paths for file in (visible_files(path) if path.is_dir() else [path])]
     if not files:
         raise FileNotFoundError(f"there is no file in {', '.join(map(str, paths))}")
-    doubled = [file for place, file in enumerate(files) if file in files[:place]] if len(files) < 1000 else []
-    if doubled:
-        raise ValueError(f"src means {doubled[0]} twice")
+    seen: set[Path] = set()
+    for file in files:
+        if file.resolve() in seen:
+            raise ValueError(f"src means {file} twice")
+        seen.add(file.resolve())
     return files
 
 
@@ -109,8 +114,7 @@ class AseFile(LmdbFile):
 
     def __init__(self, path: Path, *, tags: str = "file", adsorbate: str | None = None, cache_dir: Path | None = None):
         self.path, self.tags, self.adsorbate = path, tags, adsorbate
-        self._pid: int | None = None
-        self._source: Any = None
+        self._state = self.state()
         self._kind = _kind(path)
         self._offsets: NDArray[np.int64] | None = None
         self._ids: Sequence[int] = ()
@@ -123,16 +127,13 @@ class AseFile(LmdbFile):
             count = len(_read_all(path, self.state()))
         else:
             with _reading(path):
-                self._source, self._pid = self._connect(), os.getpid()
+                source = self._connection()
                 if self._kind == "database":
-                    self._ids = list(getattr(self._source, "ids", None) or [row.id for row in self._source.select()])
-                count = len(self._ids) if self._kind == "database" else len(self._source)
+                    self._ids = list(getattr(source, "ids", None) or [row.id for row in source.select()])
+                count = len(self._ids) if self._kind == "database" else len(source)
         if count == 0:
             raise ValueError(f"{path}: ASE finds no structure in it")
         self.numbers = range(count)
-
-    def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_source": None, "_pid": None}
 
     def read(self, position: int) -> Any:
         """Return the structure at `position` (0 ... len-1) as a record.
@@ -156,17 +157,22 @@ class AseFile(LmdbFile):
             with self.path.open("rb") as file:
                 file.seek(begin)
                 return read_extxyz(file.read(end - begin).decode())
-        if self._pid != os.getpid():  # files and databases do not cross a fork
-            self._source, self._pid = self._connect(), os.getpid()
+        source = self._connection()
         if self._kind == "traj":
-            return self._source[position]
-        row = self._source.get(self._ids[position])
+            return source[position]
+        row = source.get(self._ids[position])
         atoms = row.toatoms()
         atoms.info |= row.key_value_pairs | dict(row.data)
         return atoms
 
-    def _connect(self) -> Any:
-        return Trajectory(self.path) if self._kind == "traj" else AseDBDataset.connect_db(str(self.path))
+    def _connection(self) -> Any:
+        return _connect(self.path, self._kind, self._state, os.getpid())
+
+
+@lru_cache(maxsize=_OPEN_AT_ONCE)
+def _connect(path: Path, kind: str, state: str, pid: int) -> Any:
+    """An open trajectory or database as it was in `state`, of this process: none crosses a fork."""
+    return Trajectory(path) if kind == "traj" else AseDBDataset.connect_db(str(path))
 
 
 def _kind(path: Path) -> str:
@@ -317,9 +323,7 @@ class AseDataset(OC20LmdbDataset):
     def _decode(self, value: Any) -> Fields:
         return value
 
-    def groups(self) -> NDArray[np.int64]:
-        """Return which samples belong together, (len(self),): those of one file, or in one file those of one sid."""
-        if len(self.files) == 1:
-            return super().groups()
-        groups = np.repeat(np.arange(len(self.files)), [len(file) for file in self.files])
-        return groups if self._chosen is None else groups[self._chosen]
+    def _group_of(self, fields: Fields, index: int) -> str:
+        """Frames of one sid belong together, and of several files those in one that have none."""
+        own = str(index) if len(self.files) == 1 else str(self.files[bisect_right(self._ends, index)].path)
+        return super()._group_of(fields, index) if "sid" in fields else own

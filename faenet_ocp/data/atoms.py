@@ -64,7 +64,8 @@ def geometry_of(atoms: Atoms) -> dict[str, Any]:
         "atomic_numbers": atoms.numbers,
         "fixed": fixed_atoms(atoms),
     }
-    return record | ({"tags": atoms.get_tags()} if atoms.has("tags") else {})
+    given = {name: value for name in ("charge", "spin") if (value := _number(atoms.info.get(name))) is not None}
+    return record | given | ({"tags": atoms.get_tags()} if atoms.has("tags") else {})
 
 
 def tags_of(record: dict[str, Any], how: str, *, adsorbate: NDArray[np.int64] | None = None) -> dict[str, Any]:

@@ -238,6 +238,8 @@ def array_of(fields: Fields, name: str, shape: tuple[int | None, ...]) -> Array:
 def converted(array: Array, field: Field, dtype: torch.dtype, name: str | None = None) -> Tensor:
     """An array as a tensor; RecordError if it has numbers that are not finite, not whole or not allowed."""
     name = name or field.name
+    if array.dtype.kind not in "biuf":
+        raise RecordError(f"has values in {name} that are no numbers of 64 bits")
     if array.dtype.kind == "f" and not dtype.is_floating_point and not all_whole(array):
         raise RecordError(f"has values in {name} that are no whole numbers")
     result = torch.from_numpy(array).to(dtype)
@@ -261,7 +263,7 @@ def number_of(fields: Fields, name: str, *, default: int) -> int:
     value = fields.get(name, default)
     if type(value) is int:
         return value
-    value = np.asarray(value)
+    value = np.asarray(value if isinstance(value, float | np.ndarray | np.generic) else "")
     if value.size != 1 or value.dtype.kind not in "iuf" or not float(value.item()).is_integer():
         raise RecordError(f"has a {name} that is no whole number")
     return int(value.item())

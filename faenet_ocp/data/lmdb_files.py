@@ -159,6 +159,10 @@ class LmdbFile:
         length = txn.get(_LENGTH_KEY)
         available = entries if length is None else entries - 1
         count = available if length is None else self._read_count(length)
+        if count < available:
+            logger.warning(
+                "%s: its length key says %d records; %d more entries are not read", self.path, count, available - count
+            )
         if count == 0:
             return range(0)
         if count <= available and txn.get(b"0") is not None and txn.get(b"%d" % (count - 1)) is not None:

@@ -27,7 +27,7 @@ from faenet_ocp.common.checks import RecordError, choice, nearest, positive, who
 from faenet_ocp.common.files import write_array
 from faenet_ocp.data.batch import assign_batch_stats, make_batch
 from faenet_ocp.data.fields import Fields, Reading, array_of, declare_labels, number_of
-from faenet_ocp.data.lmdb_files import LmdbFile, resolve_files
+from faenet_ocp.data.lmdb_files import LmdbFile, natural_order, resolve_files
 from faenet_ocp.data.records import decode_record
 from faenet_ocp.data.transforms import Compose
 from faenet_ocp.graph.lists import NO_LIMIT
@@ -243,9 +243,12 @@ class OC20LmdbDataset(BaseDataset[AtomicData]):
         read is alone: an error where it is used, a line of `--mode check`.
         """
         seen: dict[str, int] = {}
-        found = self._of_all("groups", lambda f, i: seen.setdefault(_identifier(f, str(i)), len(seen)), unreadable=-1)
+        found = self._of_all("groups", lambda f, i: seen.setdefault(self._group_of(f, i), len(seen)), unreadable=-1)
         groups = np.where(found < 0, len(found) + np.arange(len(found)), found)
         return groups if self._chosen is None else groups[self._chosen]
+
+    def _group_of(self, fields: Fields, index: int) -> str:
+        return _identifier(fields, str(index))
 
     def _of_all(
         self, name: str, number_of: Callable[[Fields, int], int], unreadable: int | None = None
@@ -256,7 +259,7 @@ class OC20LmdbDataset(BaseDataset[AtomicData]):
         cache = None if folder is None else Path(folder) / f"{name}-{key}.npy"
         if cache is not None and cache.is_file():
             return np.load(cache, allow_pickle=False)
-        values, index = np.empty(self._ends[-1], dtype=np.int64), 0
+        values, index, whole = np.empty(self._ends[-1], dtype=np.int64), 0, True
         bar = tqdm(total=self._ends[-1], desc=f"{name} of all systems", unit="system", delay=2.0)
         for file in self.files:
             for position in range(len(file)):
@@ -265,11 +268,11 @@ class OC20LmdbDataset(BaseDataset[AtomicData]):
                 except RecordError as error:
                     if unreadable is None:
                         raise RecordError(f"{file.path}: {file.item} {file.numbers[position]} {error}") from error
-                    values[index] = unreadable
+                    values[index], whole = unreadable, False
                 index += 1
                 bar.update()
         bar.close()
-        if cache is not None:
+        if cache is not None and whole:  # what cannot be read with these settings may be readable with others
             write_array(cache, values)
         return values
 
@@ -314,8 +317,9 @@ def _identifier(fields: Fields, default: str) -> str:
 def _read_metadata(files: Sequence[LmdbFile]) -> dict[str, NDArray[Any]]:
     """The arrays of the metadata.npz in each file's folder; nothing unless all folders have a fitting one."""
     parts = []
-    for folder, group in itertools.groupby(files, key=lambda file: file.path.parent):
-        path, count = folder / "metadata.npz", sum(len(file) for file in group)
+    for folder, members in itertools.groupby(files, key=lambda file: file.path.parent):
+        group = list(members)
+        path, count = folder / "metadata.npz", sum(map(len, group))
         if not path.is_file():
             return {}
         try:
@@ -323,6 +327,8 @@ def _read_metadata(files: Sequence[LmdbFile]) -> dict[str, NDArray[Any]]:
                 part = {name: archive[name] for name in archive.files}
         except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
             raise ValueError(f"{path}: cannot be read: {error}") from error
+        if group != sorted(group, key=lambda file: natural_order(file.path)):
+            return {}  # its arrays are in the order of the folder
         natoms = part.get("natoms")
         if natoms is None or natoms.shape != (count,) or natoms.dtype.kind not in "iu":
             logger.warning("%s is not used: it has no natoms for exactly the %d records of its folder", path, count)

@@ -63,8 +63,11 @@ def encode_packed(fields: Fields) -> bytes:
     """Pack the fields of a record, as ``records.decode_record`` returns them.
 
     Raises:
-        RecordError: a field is neither numbers nor text.
+        RecordError: a field is neither numbers nor text, or has a name that cannot be kept.
     """
+    unusable = [name for name in fields if re.fullmatch(r"\w+", name) is None]
+    if unusable:
+        raise RecordError(f"has a field {unusable[0]!r}; names in packed files are of letters, digits and _")
     arrays = {name: _array(name, value) for name, value in fields.items() if name not in LEFT_OUT}
     names = sorted(arrays, key=lambda name: (-arrays[name].dtype.itemsize, name))
     num_atoms = len(arrays["pos"]) if "pos" in arrays and arrays["pos"].ndim else -1

@@ -155,6 +155,9 @@ def _rebuild_tensor(
     A shape with more elements than the storage (an expanded tensor) is refused: its copy could be of any size.
     """
     check(type(storage) is np.ndarray and storage.ndim == 1, "a tensor without storage")
+    # Before they are hashed: nested tuples would take for ever.
+    plain = type(size) is tuple and type(stride) is tuple and all(type(n) is int for n in (offset, *size, *stride))
+    check(plain, "a tensor of impossible shape")
     elements, last, is_contiguous = _extent(offset, size, stride)
     if elements > len(storage) or last >= len(storage):
         raise RecordError(f"holds a tensor of shape {size} in a storage of {len(storage)} elements")
@@ -168,7 +171,7 @@ def _rebuild_tensor(
 def _extent(offset: Any, size: Any, stride: Any) -> tuple[int, int, bool]:
     """Number of elements of a tensor, place of the last one in its storage, whether they lie one after the other."""
     numbers = (offset, *size, *stride)
-    plausible = len(size) == len(stride) <= _MAX_DIMS and all(type(n) is int and 0 <= n < 2**63 for n in numbers)
+    plausible = len(size) == len(stride) <= _MAX_DIMS and all(0 <= n < 2**63 for n in numbers)
     check(plausible, "a tensor of impossible shape")
     elements = math.prod(size)
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) if elements else -1

@@ -8,7 +8,11 @@ of them.
 
 import json
 import logging
+import os
 from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,9 +89,8 @@ def pack(
     if tags is not None and source_format != "ase":
         raise ValueError(f"tags: {tags!r} is for files that ASE reads; OC20's files have OC20's tags")
     kinds = ("*.lmdb", "data.mdb") if source_format == "oc20_lmdb" else ("*",)
-    found = [path for kind in kinds for path in data_path.rglob(kind)]
-    files = [path for path in found if path.is_file() and not path.name.startswith(".")]
-    folders = sorted({path.parent for path in files}) if data_path.is_dir() else [data_path]
+    is_folder = data_path.is_dir()
+    folders = sorted(_folders_with(kinds, data_path, leave_out=out_path)) if is_folder else [data_path]
     if not folders:
         raise ValueError(f"{data_path}: no file ({', '.join(kinds)}) is there or below")
     total = 0
@@ -95,14 +98,35 @@ def pack(
     with exclusive(out_path / LOCK_NAME, out_path):
         for folder in folders:
             sources = _sources(folder, source_format, tags)
-            target = out_path / folder.relative_to(data_path) if data_path.is_dir() else out_path
+            target = out_path / folder.relative_to(data_path) if is_folder else out_path
             target.mkdir(parents=True, exist_ok=True)
+            if is_folder:
+                _check_no_others(target, sources)
             sizes = [pack_file(source, target / _name(source), num_workers) for source in sources]
             natoms, neighbors = (np.concatenate([pair[column] for pair in sizes]) for column in (0, 1))
             if len(natoms):
                 write_metadata(target, natoms=natoms, neighbors=neighbors if neighbors.any() else None)
             total += len(natoms)
     return total
+
+
+def _folders_with(kinds: Sequence[str], top: Path, *, leave_out: Path) -> Iterator[Path]:
+    """Folders below `top`, links to folders followed, in which files of these kinds are."""
+    seen = {leave_out.resolve()}
+    for name, below, files in os.walk(top, followlinks=True):
+        folder = Path(name)
+        below[:] = [each for each in below if (folder / each).resolve() not in seen]
+        seen |= {(folder / each).resolve() for each in below}
+        if any(fnmatch(file, kind) and not file.startswith(".") for file in files for kind in kinds):
+            yield folder
+
+
+def _check_no_others(target: Path, sources: Sequence[LmdbFile]) -> None:
+    """What a source packed that is gone would be read with the rest."""
+    packed = {path.name for path in target.glob("*.lmdb") if path.is_file()}
+    others = sorted(packed - {_name(source) for source in sources})
+    if others:
+        raise ValueError(f"{target}: {', '.join(others)} is packed from no file that is there now; remove it")
 
 
 def _sources(folder: Path, source_format: str, tags: str | None) -> list[LmdbFile]:
@@ -128,6 +152,8 @@ def _fields(source: LmdbFile, position: int) -> Fields:
 def pack_file(source: Any, target: Path, num_workers: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Pack one file, or what has its `path`, `item`, `numbers`, length and `read`; natoms and neighbors of each."""
     made_from = {"name": source.path.name, "records": len(source), "state": file_state(source.path)}
+    if isinstance(source, AseFile):
+        made_from["tags"] = source.tags
     if not target.exists():
         _write(source, target, made_from, num_workers)
     else:
@@ -151,25 +177,25 @@ def _check_same(source: LmdbFile, target: Path, num_workers: int) -> None:
 
 
 def _write(source: LmdbFile, target: Path, made_from: dict[str, Any], num_workers: int) -> None:
-    partial = target.with_name(f".{target.name}.partial")
-    with _open_partial(partial, json.dumps(made_from).encode()) as env:
+    unfinished = target.with_name(f".{target.name}.partial")
+    with _open_partial(unfinished, json.dumps(made_from).encode()) as env:
         with env.begin() as txn:
             begun = bisect_left(range(len(source)), True, key=lambda position: txn.get(b"%d" % position) is None)
         if begun:
             logger.info("%s: %d of %d records are packed already", target, begun, len(source))
         with tqdm(total=2 * len(source), initial=begun, unit="record", desc=f"packing {target.name}") as bar:
-            for values in ordered_map(_encode, _tasks(source, begun), num_workers):
+            for values in ordered_map(partial(_encode, source), _tasks(source, begun), num_workers):
                 put_all(env, values)
                 bar.update(len(values))
             try:
-                sizes = _compare_all(source, partial, num_workers, bar)
+                sizes = _compare_all(source, unfinished, num_workers, bar)
             except RecordError as error:
-                raise RuntimeError(f"{target}: {error}; remove {partial} and start again") from error
+                raise RuntimeError(f"{target}: {error}; remove {unfinished} and start again") from error
         natoms, neighbors = np.array(sizes, dtype="<i8").reshape(-1, 2).T
         header = write_header(count=len(source), source=made_from)
         put_all(env, [(b"natoms", natoms.tobytes()), (b"neighbors", neighbors.tobytes()), (PACKED_KEY, header)])
         env.sync(True)
-    publish(partial, target)
+    publish(unfinished, target)
 
 
 def _open_partial(path: Path, made_from: bytes) -> lmdb.Environment:
@@ -192,9 +218,9 @@ def _open_partial(path: Path, made_from: bytes) -> lmdb.Environment:
     return env
 
 
-def _tasks(source: LmdbFile, begin: int) -> list[tuple[LmdbFile, int, int]]:
+def _tasks(source: LmdbFile, begin: int) -> list[tuple[int, int]]:
     starts = range(begin, len(source), _RECORDS_PER_TASK)
-    return [(source, start, min(start + _RECORDS_PER_TASK, len(source))) for start in starts]
+    return [(start, min(start + _RECORDS_PER_TASK, len(source))) for start in starts]
 
 
 def _encode(source: LmdbFile, start: int, stop: int) -> list[tuple[bytes, bytes]]:
@@ -214,8 +240,7 @@ def _encode(source: LmdbFile, start: int, stop: int) -> list[tuple[bytes, bytes]
 def _compare_all(source: LmdbFile, packed: Path, num_workers: int, bar: tqdm) -> list[tuple[int, int]]:
     """Read all packed records back and compare them with their source; atoms and edges of each."""
     sizes = []
-    tasks = [(source, packed, *task[1:]) for task in _tasks(source, 0)]
-    for part in ordered_map(_compare, tasks, num_workers):
+    for part in ordered_map(partial(_compare, source, packed), _tasks(source, 0), num_workers):
         sizes += part
         bar.update(len(part))
     return sizes

@@ -15,7 +15,7 @@ whole and on disk; the folder `.prepare_qm7x` keeps the settings and what is fin
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -98,6 +98,7 @@ def prepare(
     (out_path / STATE_FOLDER).mkdir(parents=True, exist_ok=True)
     with exclusive(out_path / STATE_FOLDER / "lock", out_path):
         _keep_settings(out_path, {"seed": seed, "left_out": sorted(left_out)})
+        _check_no_others(out_path, tasks)
         write_shards(
             _write_shards,
             [task for task in tasks if not _is_done(task)],
@@ -141,6 +142,14 @@ def _keep_settings(out_path: Path, settings: dict[str, Any]) -> None:
         raise ValueError(f"{out_path}: was begun with another seed or list of duplicates; choose another folder")
     for split in SPLITS:
         remove_leftovers(out_path / split)
+
+
+def _check_no_others(out_path: Path, tasks: Sequence[_Task]) -> None:
+    """Shards of molecules that are not there any more would be read with the rest."""
+    for split in SPLITS:
+        others = sorted(set((out_path / split).glob("*.lmdb")) - {task.shard(split) for task in tasks})
+        if others:
+            raise ValueError(f"{others[0]}: is made from more molecules than there are now; choose another folder")
 
 
 def _make_tasks(sources: list[Path], out_path: Path, seed: int, left_out: frozenset[str]) -> list[_Task]:

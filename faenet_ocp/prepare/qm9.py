@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, files
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -180,7 +181,9 @@ def _of_sdf(sdf: Path, table: Path) -> Iterator[Molecule]:
                 values = {name: float(row[column]) for name, column in _SDF_COLUMNS.items()}
                 index = int(row["mol_id"].removeprefix("gdb_"))
             with _row(sdf, index):
-                lines = list(iter(file.readline, "$$$$\n"))
+                lines = list(takewhile(lambda line: line.strip() != "$$$$", file))
+                if not lines or lines[0].strip() != row["mol_id"]:
+                    raise ValueError(f"{row['mol_id']} expected, {lines[0].strip() if lines else 'the end'} found")
                 count = int(lines[3][:3])
                 atoms = [line.split() for line in lines[4 : 4 + count]]
                 pos = np.array([atom[:3] for atom in atoms], dtype=np.float64)

@@ -3,6 +3,7 @@
 import bz2
 import gzip
 import lzma
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from ase.constraints import FixAtoms, FixBondLength
 import small_data
 from faenet_ocp.data import ase_files
 from faenet_ocp.data.ase_files import AseDataset, find_files
+from faenet_ocp.data.atoms import atoms_to_data, record_of
 from faenet_ocp.data.check import check
 from faenet_ocp.data.fields import exact_label
 from faenet_ocp.data.loader import make_loader
@@ -92,6 +94,46 @@ def test_the_adsorbate_of_a_metal_gets_its_tag(tmp_path: Path) -> None:
         assert torch.equal(sample.tags == 0, sample.fixed == 1)
 
 
+def test_frames_of_a_sid_belong_together_also_in_several_files(tmp_path: Path) -> None:
+    """Without a sid those of one file do. What could not be read is looked at again: other tags may do."""
+    given = structures(8)
+    for atoms, sid in zip(given, ("a", "b", None, None, "b", "a", None, "c"), strict=True):
+        atoms.info |= {} if sid is None else {"sid": sid}
+        del atoms.arrays["tags"]
+    for number in (0, 1):
+        write(tmp_path / f"{number}.extxyz", given[4 * number : 4 * number + 4])
+    settings = SETTINGS | {"src": str(tmp_path), "labels": [], "cache_dir": str(tmp_path / "cache")}
+    assert len(set(AseDataset(settings | {"tags": "file"}).groups().tolist())) == 8  # none has tags
+    for _ in range(2):  # at last from the cache
+        assert AseDataset(settings).groups().tolist() == [0, 1, 2, 2, 1, 0, 3, 4]
+
+
+def test_few_files_are_open_at_once(tmp_path: Path) -> None:
+    """And each frame is that of its file, also where a file has been written anew."""
+    for number in range(80):
+        write(tmp_path / f"{number}.traj", structures(1))
+    energies = []
+    for place in (0, 2):
+        ase.io.write(tmp_path / "79.traj", structures(3)[place])
+        dataset = AseDataset(SETTINGS | {"src": str(tmp_path)})
+        energies.append([float(exact_label(dataset[index], "energy")) for index in (79, *range(80))])
+        opened = [os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.exists()]
+        assert len([name for name in opened if name.endswith(".traj")]) <= 64
+    assert energies[0][0] == energies[0][80] and energies[0][0] - energies[1][0] == pytest.approx(2.0, abs=1e-6)
+    assert energies[0][1:80] == energies[1][1:80]
+
+
+def test_charge_and_spin_of_a_structure() -> None:
+    atoms = molecule("OH")
+    atoms.info = {"charge": -1, "spin": 2}
+    assert record_of(atoms)["charge"] == -1
+    sample = atoms_to_data(atoms, cutoff=5.0, max_neighbors=None, tags="none")
+    assert (sample.charge.tolist(), sample.spin.tolist()) == ([-1], [2])
+    atoms.info["spin"] = 1.5
+    with pytest.raises(ValueError, match="spin that are no whole numbers"):
+        atoms_to_data(atoms, cutoff=5.0, max_neighbors=None, tags="none")
+
+
 def test_folders_globs_and_lists_in_natural_order(tmp_path: Path) -> None:
     given = structures(5)[::2]
     for number, atoms in zip((2, 10, 1), given, strict=True):
@@ -104,7 +146,7 @@ def test_folders_globs_and_lists_in_natural_order(tmp_path: Path) -> None:
     assert heights == pytest.approx([given[place].positions[:, 2].max() for place in (2, 0, 1)], abs=1e-4)
     assert dataset.groups().tolist() == [0, 1, 2]
     with pytest.raises(ValueError, match="twice"):
-        find_files([tmp_path, tmp_path / names[0]])
+        find_files([tmp_path, tmp_path / ".." / tmp_path.name / names[0]])
     with pytest.raises(FileNotFoundError, match="no file, folder or match"):
         find_files(tmp_path / "none*")
 

@@ -144,10 +144,13 @@ def test_files_without_records(tmp_path: Path, items: dict[bytes, bytes]) -> Non
         open_dataset(write_items(tmp_path / "data.lmdb", items))
 
 
-def test_a_gap_below_length_is_named_when_it_is_read_and_further_keys_do_not_matter(tmp_path: Path) -> None:
-    items = {b"0": RECORD, b"2": dump_record(make_fields(2)), b"x": b"", b"length": pickle.dumps(3)}
+def test_a_gap_below_length_is_named_when_it_is_read_and_further_keys_at_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    items = {b"0": RECORD, b"2": dump_record(make_fields(2)), b"3": RECORD, b"x": b"", b"length": pickle.dumps(3)}
     dataset = open_dataset(write_items(tmp_path / "data.lmdb", items))
-    assert dataset[2].sid == ["2"]
+    assert len(dataset) == 3 and dataset[2].sid == ["2"]
+    assert "data.lmdb: its length key says 3 records; 1 more entries are not read" in caplog.text
     with pytest.raises(RecordError, match=r"data.lmdb: record 1 is missing"):
         dataset[1]
 

@@ -96,6 +96,16 @@ def test_sizes_come_from_metadata_beside_the_files(
     assert not dataset.metadata_hasattr("neighbors")
 
 
+def test_metadata_are_in_the_order_of_the_folder(small_is2re: Path, tmp_path: Path) -> None:
+    files = [tmp_path / name for name in ("data.0.lmdb", "data.1.lmdb")]
+    for split, file in zip(("train", "val_id"), files, strict=True):
+        shutil.copy(small_is2re / "is2re/all" / split / "data.lmdb", file)
+    true = [[int(sample.natoms) for sample in open_dataset(file)] for file in files]
+    np.savez(tmp_path / "metadata.npz", natoms=np.concatenate(true))
+    assert open_dataset(tmp_path).natoms().tolist() == true[0] + true[1]
+    assert open_dataset(files[::-1]).natoms().tolist() == true[1] + true[0]
+
+
 def test_metadata_that_does_not_fit_would_run_something_or_is_damaged(
     small_is2re: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

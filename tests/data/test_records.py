@@ -279,6 +279,10 @@ def nested_tuples() -> bytes:
     return b"\x80\x04}" + doubled + b"Ns."
 
 
+def _nested(depth: int) -> tuple:
+    return (1,) if depth == 0 else (nested := _nested(depth - 1), nested)
+
+
 BOMBS = {
     "memo index": long_put(),
     "BINBYTES8": b"\x80\x04\x8e" + struct.pack("<Q", 2**60) + b"abc.",
@@ -290,6 +294,9 @@ BOMBS = {
     "tuples that take for ever to print": nested_tuples()[:-3] + b"R.",
     "tensor shape": in_data(
         Calls(torch._utils._rebuild_tensor_v2, torch.zeros(1).untyped_storage(), 0, (2**40,), (0,), False, {})
+    ),
+    "tensor shape of nested tuples": in_data(
+        Calls(torch._utils._rebuild_tensor_v2, torch.zeros(1).untyped_storage(), 0, _nested(40), (0,), False, {})
     ),
     "storage size": with_payload(legacy_stream().replace(struct.pack("<q", 6), struct.pack("<q", 2**60))),
     "dimensions": in_data(torch.zeros(1), 2).replace(b"K\x01\x85", b"(" + b"K\x01" * 3000 + b"t", 1),

@@ -6,7 +6,10 @@ import shutil
 from pathlib import Path
 from unittest.mock import Mock
 
+import ase.io
 import pytest
+from ase import Atoms
+from ase.constraints import FixAtoms
 
 from faenet_ocp.data.lmdb_files import resolve_files
 from faenet_ocp.data.packed import PackedFile
@@ -72,3 +75,38 @@ def test_what_was_begun_from_other_contents_is_begun_again(
     write(tmp_path, 0, 1, 3)
     pack(source, tmp_path / "packed")
     assert "was begun from another file and is begun again" in caplog.text
+
+
+def test_tags_belong_to_what_is_packed(tmp_path: Path) -> None:
+    atoms = Atoms("CuO", positions=[[0, 0, 0], [0, 0, 2]], tags=[1, 1], constraint=FixAtoms([0]))
+    ase.io.write(tmp_path / "a.traj", atoms)
+    pack(tmp_path / "a.traj", tmp_path / "packed", source_format="ase", tags="file")
+    with pytest.raises(ValueError, match=r"differs from .* in tags\); remove it"):
+        pack(tmp_path / "a.traj", tmp_path / "packed", source_format="ase", tags="fixed")
+
+
+def test_links_to_folders_are_followed_and_the_packed_ones_left_out(source: Path, tmp_path: Path) -> None:
+    for folder in ("data/val_id", "elsewhere"):
+        (tmp_path / folder).mkdir(parents=True)
+        shutil.copy(source, tmp_path / folder)
+    (tmp_path / "data" / "val_ood").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "round").symlink_to(tmp_path / "data")
+    for _ in range(2):
+        assert pack(tmp_path / "data", tmp_path / "data" / "packed") == 6
+
+
+def test_what_is_left_of_a_source_that_is_gone_is_refused(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    for name in ("a.lmdb", "b.lmdb"):
+        shutil.copy(source, tmp_path / "data" / name)
+    pack(tmp_path / "data", tmp_path / "packed")
+    (tmp_path / "data" / "b.lmdb").unlink()
+    with pytest.raises(ValueError, match=r"packed: b\.lmdb is packed from no file that is there now; remove it"):
+        pack(tmp_path / "data", tmp_path / "packed")
+
+
+def test_a_name_that_cannot_be_kept_is_said_at_once(tmp_path: Path) -> None:
+    atoms = Atoms("O", info={"total-energy": 1.0})
+    ase.io.write(tmp_path / "a.extxyz", atoms)
+    with pytest.raises(ValueError, match=r"a\.extxyz: structure 0 has a field 'total-energy'; names in packed files"):
+        pack(tmp_path / "a.extxyz", tmp_path / "packed", source_format="ase", tags="fixed")

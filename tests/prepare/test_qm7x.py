@@ -107,6 +107,17 @@ def test_a_killed_call_is_finished_by_the_next(source: Path, tmp_path: Path, mon
         prepare(source, tmp_path / "out", seed=1)
 
 
+def test_shards_of_molecules_that_are_gone_are_refused(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(qm7x, "MOLECULES_PER_TASK", 1)
+    prepare(source, tmp_path / "out")
+    with h5py.File(next(path for path in source.glob("*.hdf5") if len(h5py.File(path)) > 1), "a") as file:
+        del file[next(iter(file))]
+    with pytest.raises(ValueError, match=r"data\.\d+\.lmdb: is made from more molecules than there are now"):
+        prepare(source, tmp_path / "out")
+
+
 def test_duplicates_are_left_out_with_what_was_displaced_from_them(source: Path, tmp_path: Path) -> None:
     idmol = next(iter(read_store()))[0]
     (tmp_path / "DupMols.dat").write_text(f"Geom-m{idmol}-i1-c1-opt\n")

@@ -116,6 +116,12 @@ def test_what_is_not_qm9_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         qm9.prepare(tmp_path / "out", tmp_path)
     (tmp_path / "raw").mkdir()
     raw = write_raw(tmp_path / "raw", "sdf")
+    text = (raw / "gdb9.sdf").read_text()
+    blocks = text.split("$$$$\n")
+    for wrong, found in ((blocks[0] + "$$$$", "the end"), ("$$$$\n".join([blocks[0], *blocks[2:]]), "gdb_3")):
+        (raw / "gdb9.sdf").write_text(wrong)
+        with pytest.raises(ValueError, match=rf"gdb9\.sdf: row 2 is not .*gdb_2 expected, {found} found"):
+            qm9.prepare(tmp_path / "out", raw)
     (raw / "gdb9.sdf.csv").unlink()
     with pytest.raises(ValueError, match=r"gdb9\.sdf\.csv: missing"):
         qm9.prepare(tmp_path / "out", raw)
