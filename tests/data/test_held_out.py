@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 
 from data_sets import open_dataset
+from faenet_ocp.build import make_dataset
+from faenet_ocp.config.schema import build_config
+from faenet_ocp.config.yaml import find_config, load_yaml
 from faenet_ocp.data.held_out import hold_out
 from faenet_ocp.data.packed import OC20PackedDataset
 from faenet_ocp.prepare.pack import pack
@@ -34,6 +37,17 @@ def test_something_has_to_be_left() -> None:
     for groups, shares in ((np.zeros(9, dtype=int), [0.1]), (np.arange(10), [0.5, 0.5])):
         with pytest.raises(ValueError, match=r"from_train: .* would be held out, and none left to train on"):
             hold_out(groups, shares, seed=0)
+
+
+def test_a_share_that_whole_systems_cannot_give_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    values = [dump_record(make_fields(index) | {"sid": index // 4}) for index in range(12)]
+    source = {"src": str(write_lmdb(tmp_path / "data.lmdb", values))}
+    for share, told in ((0.3, False), (0.1, True)):
+        raw = load_yaml(find_config("configs/is2re/faenet.yml"))
+        raw["dataset"] |= {"root": "", "train": source, "val": {"val": {"from_train": share}}, "test": {}}
+        config = build_config(raw | {"job": {"run_dir": str(tmp_path)}, "evaluation_metrics": {}})
+        assert len(make_dataset(config, config.dataset.val["val"])) == 4
+        assert ("from_train: 0.1 of the systems are 4 of 12 samples" in caplog.text) == told
 
 
 def test_frames_of_a_sid_are_of_one_system(tmp_path: Path) -> None:

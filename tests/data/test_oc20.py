@@ -263,6 +263,8 @@ def onto(image: int) -> Any:
         (lambda fields: fields.pop("atomic_numbers"), "has no field 'atomic_numbers'"),
         (lambda fields: fields.update(pbc=torch.tensor([[0.5, 1, 1]])), "has values in pbc that are no whole numbers"),
         (lambda fields: fields.update(fid="x"), "has no numbers in the field 'fid'"),
+        (lambda fields: fields.update(fid=2**70), "has values in fid that are no numbers of 64 bits"),
+        (lambda fields: fields.update(natoms=((13,),)), "has a natoms that is no whole number"),
     ],
 )
 def test_unusable_fields_are_named_with_file_record_and_sid(tmp_path: Path, spoil: Any, message: str) -> None:
