@@ -155,7 +155,12 @@ def run(settings: Settings, *, save: Callable[[Result], None], trainer: bool = T
     parts |= {"ranks": ranks} | ({"trainer": _trainer} if trainer else {})
     with tqdm(total=len(parts) + len(MODES), desc="benchmark", unit="part", disable=None) as bar:
         for name, part in parts.items():
-            result[name] = part(settings)
+            try:
+                result[name] = part(settings)
+            except Exception as error:  # the others are worth having all the same
+                if name == "limits":
+                    raise
+                result[name] = {"unavailable": f"{type(error).__name__}: {error}"}
             save(result)
             bar.update()
         result["speed"] = []

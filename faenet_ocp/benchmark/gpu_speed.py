@@ -13,7 +13,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from faenet_ocp.benchmark.counting import Counting, generated_launches
@@ -99,13 +99,17 @@ def speed(settings: Settings, limits: dict[str, float]) -> Iterator[list[Result]
         shown: list[Result] = []
         for model, network in networks.items():
             network.to(settings.device).train(mode != "inference")
-            work = _work(network, batch, make)
             for name in MATMUL:
+                row = {"mode": mode, "model": model, "precision": name}
+                try:
+                    shown.append({**row, **_work(network, batch, make, name)})
+                except RuntimeError as error:  # out of memory
+                    rows.append({**row, "unavailable": f"{type(error).__name__}: {str(error).splitlines()[0]}"})
+                    continue
                 functions.append(make(network, batch, name))
-                shown.append({"mode": mode, "model": model, "precision": name, **work})
         torch.compiler.reset()
         for name, shapes in (("fp32", "dynamic"), ("fp32", "static"), ("bf16", "dynamic")):
-            row: Result = {"mode": mode, "model": f"FAENet, torch.compile, {shapes} shapes", "precision": name}
+            row = {"mode": mode, "model": f"FAENet, torch.compile, {shapes} shapes", "precision": name}
             try:
                 compiled = _compiled(networks["FAENet"], dynamic=shapes == "dynamic", small=settings.small)
                 step = make(compiled, batch, name)
@@ -151,9 +155,9 @@ def _first_call(step: Callable[[], Any]) -> Result:
     return {"first_call_seconds": seconds, "launches": sum(map(generated_launches, sources)) or None}
 
 
-def _work(network: nn.Module, batch: MadeBatch, make: Callable[..., Callable[[], Any]]) -> dict[str, int]:
+def _work(network: nn.Module, batch: MadeBatch, make: Callable[..., Callable[[], Any]], name: str) -> dict[str, int]:
     """Multiplications and additions in products of matrices, bytes read and written, and launches of one step."""
-    step = make(network, batch, "fp32")
+    step = make(network, batch, name)
     with FlopCounterMode(display=False) as flops:
         step()
     with Counting() as counted:
@@ -168,10 +172,11 @@ def limits(settings: Settings) -> dict[str, float]:
     a, source = torch.randn(side, side, device=settings.device), torch.zeros(numbers, device=settings.device)
     target, found = torch.empty_like(source), {}
     for name in MATMUL:
+        factor = a.bfloat16() if name == "bf16" else a
 
-        def product(name: str = name) -> None:
+        def product(name: str = name, factor: Tensor = factor) -> None:
             with precision(name, settings.device):
-                a @ a
+                factor @ factor
 
         (times,) = measure([product], settings.device, 5)
         found[f"{name}_flops"] = 2 * side**3 / median(times["seconds"])

@@ -295,7 +295,7 @@ class Config(Section):
         named += [("evaluation_metrics.metrics", name) for name in self.evaluation_metrics.metrics]
         for section, name in named:
             if name not in properties:
-                raise ValueError(f"{section}.{name}: task {task} predicts only {', '.join(properties)}")
+                raise ValueError(f"{section}.{name}: not predicted here, only {', '.join(properties)}; leave it out")
         if "gradient" in self.losses and not {"energy", "forces"} <= set(properties):
             raise ValueError("loss_functions.gradient: compares forces with -dE/dX, and both have to be predicted")
         if "forces" in properties and self.output("forces").eval_from != "prediction" and "energy" not in properties:

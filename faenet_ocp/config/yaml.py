@@ -24,16 +24,22 @@ class _Whole(dict[str, Any]):
 def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     """A mapping in which the values of `above` win; mappings in both are merged key by key.
 
-    Where a split lies takes the place of its share of the training set, and the other way round.
+    Where a split lies takes the place of its share of the training set, and the other way round. Another model comes
+    without the options of the one below it.
     """
     result = type(below)(below) if isinstance(below, _Whole) else dict(below)
     for key, value in above.items():
         both = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
-        result[key] = merge(result[key], value) if both and not isinstance(value, _Whole) else value
+        whole = isinstance(value, _Whole) or (both and key == "model" and _is_other(result[key], value))
+        result[key] = merge(result[key], value) if both and not whole else value
         if key in _EXCLUSIVE and value is not None:
             for other in _EXCLUSIVE[key]:
                 result.pop(other, None)
     return result
+
+
+def _is_other(below: Mapping[str, Any], above: Mapping[str, Any]) -> bool:
+    return None not in (names := (below.get("name"), above.get("name"))) and names[0] != names[1]
 
 
 class _Loader(yaml.SafeLoader):

@@ -138,6 +138,8 @@ def fixed_atoms(atoms: Atoms) -> NDArray[np.bool_]:
             fixed[constraint.index] |= constraint.mask
         else:
             _warn_of(type(constraint).__name__)
+    if (fixed.any(axis=1) & ~fixed.all(axis=1)).any():
+        _warn_of("FixCartesian or FixScaled of some directions")
     return np.all(fixed, axis=1)
 
 

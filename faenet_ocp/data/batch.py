@@ -26,6 +26,7 @@ from faenet_ocp.data.fields import (
     number_of,
     read_field,
 )
+from faenet_ocp.targets import TARGETS
 
 
 def make_batch(records: Sequence[Fields], sids: list[str], reading: Reading, *, surface: bool = False) -> AtomicData:
@@ -121,10 +122,13 @@ def _num_atoms(fields: Fields) -> int:
 
 
 def _label_name(fields: Fields, label: str, names: Sequence[str]) -> str:
-    present = [name for name in names if name in fields] or [name for name in (label,) if name in fields]
+    known = TARGETS[label].aliases if label in TARGETS else (label,)
+    own = [label] if label in fields and set(names) <= set(known) else []  # never in place of a name of the user's
+    present = [name for name in names if name in fields] or own
     if not present:
         listing = ", ".join(sorted(fields)[:30]) or "no fields"
-        raise RecordError(f"has no label {label!r} (looked for {', '.join(names)}; it has {listing})")
+        looked = f"looked for {', '.join(names)}; it has {listing}"
+        raise RecordError(f"has no label {label!r} ({looked}); dataset.key_mapping: {{<its name>: {label}}} names it")
     if len(present) > 1:
         raise RecordError(f"has several candidates for {label!r}: {', '.join(present)}; choose with key_mapping")
     return present[0]

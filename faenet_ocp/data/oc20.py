@@ -61,9 +61,9 @@ class OC20LmdbDataset(BaseDataset[AtomicData]):
     more; use `recompute` for larger limits. (A run looks at some records of each split: ``check.compare_edges``.)
 
     Labels: `key_mapping` ({record's name: label}) says where a label is. Several names may map to one label if each
-    record has one of them; the label's own name serves where a record has none of these. A label without mapping is
-    looked for under the names of all eras (``targets``). Several candidates in a record are an error, never a guess. A
-    label that is no row of ``targets`` is a scalar of the system.
+    record has one of them. Where these are names of OC20's eras (``targets``), the label's own name serves, too. A
+    label without mapping is looked for under the names of all eras. Several candidates in a record are an error, never
+    a guess. A label that is no row of ``targets`` is a scalar of the system.
 
     Args:
         config: a mapping with

@@ -4,7 +4,6 @@ Conventions: edge_index[0] is the source (neighbour) j, edge_index[1] the target
 is pos[j] - pos[i] + cell_offsets @ cell. Shapes: N atoms, E edges, B systems. Lengths in Angstrom.
 """
 
-import torch
 from torch import Tensor
 
 
@@ -25,12 +24,11 @@ def edge_vectors(
     """
     source, target = edge_index
     cell_offsets = cell_offsets.to(pos.dtype)
-    if len(cell) == 1:
-        shift = cell_offsets @ cell[0]
-    elif edge_batch is None:
+    if len(cell) > 1 and edge_batch is None:
         raise ValueError(f"edge_batch is needed for {len(cell)} systems")
-    else:
-        shift = torch.bmm(cell_offsets.unsqueeze(1), cell[edge_batch]).squeeze(1)
+    lattice = cell[0] if len(cell) == 1 else cell[edge_batch]
+    # Elementwise on purpose: under autocast or with TF32 a product of matrices has three digits.
+    shift = (cell_offsets.unsqueeze(-1) * lattice).sum(dim=-2)
     return pos[source] - pos[target] + shift
 
 

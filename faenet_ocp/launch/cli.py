@@ -162,6 +162,10 @@ def _prepare(
 
     import_module("faenet_ocp.training.trainer")  # registers everything
     if not (config.job.cpu or flags.submit or torch.cuda.is_available()):
+        if config.job.num_gpus > 1:
+            raise ValueError(
+                f"job.num_gpus: {config.job.num_gpus}, but no GPU is here; --cpu: as many ranks on the CPU"
+            )
         logging.info("no GPU is available here: running on the CPU")
         config = config.model_copy(update={"job": config.job.model_copy(update={"cpu": True})})
     if not (config.job.cpu or flags.submit) and config.job.num_gpus > torch.cuda.device_count():
@@ -317,6 +321,8 @@ def _run_folder(config: Any, mode: str) -> Path:
     name = config.job.identifier or datetime.now().strftime(f"%Y-%m-%d-%H-%M-%S-{mode}")
     folder = (Path(config.job.run_dir) / name).resolve()
     written = {"validate": "metrics.json", "symmetry": "symmetry.json"}.get(mode)
+    if mode == "train" and not (folder / "checkpoints").exists():  # not those of this run
+        written = "metrics.json"
     if written is not None and (folder / "results" / written).exists():
         raise ValueError(f"{folder} has results already; choose another --identifier")
     return folder

@@ -38,7 +38,8 @@ class _SumOverRanks(torch.autograd.Function):
 
 
 def _mean_over_ranks(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean of the rows of x on all ranks, (C,), and their number, (); a rank may have none."""
+    """Mean of the rows of x on all ranks, (C,), and their number, (); a rank may have none. Not in bf16."""
+    x = x if x.dtype is torch.float64 else x.float()
     sums = _SumOverRanks.apply(torch.cat([x.sum(dim=0), x.new_full((1,), float(len(x)))]))
     count = sums[-1].detach().clamp(min=1)
     return sums[:-1] / count, count
@@ -70,7 +71,7 @@ class RankBatchNorm(nn.BatchNorm1d):
             self.num_batches_tracked.add_(1)
             self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)
             self.running_var.lerp_(unbiased.to(self.running_var), self.momentum)
-        return (x - mean) * torch.rsqrt(var + self.eps) * self.weight + self.bias
+        return ((x - mean) * torch.rsqrt(var + self.eps) * self.weight + self.bias).to(x.dtype)
 
 
 class RankGraphNorm(GraphNorm):

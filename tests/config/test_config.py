@@ -8,7 +8,7 @@ import pytest
 import shipped
 from faenet_ocp.build import make_model
 from faenet_ocp.config.schema import build_config
-from faenet_ocp.config.yaml import find_config, load_yaml, parse_overrides
+from faenet_ocp.config.yaml import find_config, load_yaml, merge, parse_overrides
 from faenet_ocp.launch.sweep import expand, load_sweep
 from shipped import CONFIGS
 
@@ -42,7 +42,7 @@ def _with(path: str, value: object) -> dict:
         ("optim.batch_size", True, "optim.batch_size: Input should be a valid integer"),
         ("outputs.energy", {"normalizer": {"std": 1.0}}, "normalizer.std: unknown key; did you mean stdev?"),
         ("loss_functions", [{"energy": {"fn": "mea"}}], "'mae', 'mse' or 'l2mae'"),
-        ("loss_functions", [{"forces": {"fn": "mae"}}], "loss_functions.forces: task is2re predicts only energy"),
+        ("loss_functions", [{"forces": {"fn": "mae"}}], "loss_functions.forces: not predicted here, only energy"),
         ("frames", {"method": "stochastc"}, "frames.method: Input should be 'full', 'stochastic'"),
         ("logger", "wandbb", "logger.name: Input should be 'tensorboard', 'wandb' or 'none'"),
         ("evaluation_metrics", {"primary_metric": {"split": "val_di"}}, "'val_di' is not among the splits"),
@@ -97,6 +97,17 @@ def test_unreadable_files_are_refused(tmp_path: Path, text: str, message: str) -
     with pytest.raises(ValueError) as error:
         load_yaml(tmp_path / "top.yml")
     assert message in str(error.value)
+
+
+def test_another_model_comes_without_the_options_of_the_one_below() -> None:
+    below = {"model": {"name": "faenet", "num_filters": 480}, "optim": {"batch_size": 4}}
+    for above in ({"name": "painn"}, {"name": "painn", "hidden_channels": 64}):
+        assert merge(below, {"model": above}) == {"model": above, "optim": {"batch_size": 4}}
+    assert merge(below, {"model": {"num_filters": 9}})["model"] == {"name": "faenet", "num_filters": 9}
+    assert merge(below, {"model": {"name": "faenet"}})["model"] == below["model"]
+    raw = load_yaml(find_config("configs/demo/is2re.yml"))
+    config = build_config(merge(raw, parse_overrides(["--model.name=painn", "--model.hidden_channels=64"])))
+    assert config.model == {"name": "painn", "hidden_channels": 64}
 
 
 def test_overrides() -> None:

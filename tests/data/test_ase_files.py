@@ -16,12 +16,12 @@ import torch
 from ase import Atoms
 from ase.build import molecule
 from ase.calculators.singlepoint import SinglePointCalculator
-from ase.constraints import FixAtoms, FixBondLength
+from ase.constraints import FixAtoms, FixBondLength, FixCartesian
 
 import small_data
 from faenet_ocp.data import ase_files
 from faenet_ocp.data.ase_files import AseDataset, find_files
-from faenet_ocp.data.atoms import atoms_to_data, record_of
+from faenet_ocp.data.atoms import atoms_to_data, fixed_atoms, record_of
 from faenet_ocp.data.check import check
 from faenet_ocp.data.fields import exact_label
 from faenet_ocp.data.loader import make_loader
@@ -174,6 +174,12 @@ def test_other_constraints_leave_atoms_free_and_are_named_once(
     dataset = AseDataset({"src": str(write(tmp_path / "a.traj", given)), **SETTINGS})
     assert not any(dataset[index].fixed.any() for index in range(3))
     assert caplog.text.count("FixBondLength") == 1
+    atoms = given[0]
+    atoms.set_constraint(FixCartesian([0, 1], mask=[True, True, False]))
+    assert not fixed_atoms(atoms).any()
+    assert "FixCartesian or FixScaled of some directions count as free" in caplog.text
+    atoms.set_constraint([*atoms.constraints, FixCartesian([1], mask=[False, False, True])])
+    assert fixed_atoms(atoms).nonzero()[0].tolist() == [1]
 
 
 def _broken(kind: str, given: list[Atoms]) -> list[Atoms]:

@@ -279,6 +279,20 @@ def test_unusable_fields_are_named_with_file_record_and_sid(tmp_path: Path, spoi
         dataset.load_batch([0, 1])
 
 
+def test_a_name_of_the_users_has_no_stand_in(tmp_path: Path) -> None:
+    """A misspelt name must not give the energy of another level of theory; names of OC20's eras mean the same."""
+    fields = make_fields(0) | {"energy": 1.0, "REF_energy": 2.0}
+    del fields["y_relaxed"]
+    found = [("REF_energy", 2.0), ("y_relaxed", 1.0), ("REF_enrgy", None)]
+    for number, (name, value) in enumerate(found):
+        dataset = dataset_of(tmp_path / str(number), fields, key_mapping={name: "energy"})
+        if value is None:
+            with pytest.raises(RecordError, match=r"has no label 'energy' \(looked for REF_enrgy; .* names it"):
+                dataset[0]
+        else:
+            assert dataset[0].energy == value
+
+
 def test_atoms_on_one_point_are_found_without_edges_and_where_little_is_periodic(tmp_path: Path) -> None:
     """Also where no stored edge shows them, and through lattice vectors that are periodic alone."""
     cell = torch.tensor([[4.0, 1, 0], [0, 5, 2], [0, 0, 9]])

@@ -11,6 +11,7 @@ from typing import Any, get_args
 import ase.io
 import pytest
 import torch
+import yaml
 from pydantic import BaseModel
 
 import processes
@@ -144,12 +145,12 @@ def test_the_example_relaxes(s2ef_checkpoint: Path) -> None:
     assert torch.isfinite(torch.tensor(scope["slab"].get_potential_energy()))
 
 
-def test_the_transform_example_registers() -> None:
-    (code,) = [block for kind, block in BLOCKS if kind == "python" and "register_transform" in block]
-    from faenet_ocp.data.transforms import TRANSFORMS, Compose
+def test_the_transform_example_is_found_by_its_import_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (code,) = [block for kind, block in BLOCKS if kind == "python" and "import Transform" in block]
+    (named,) = re.findall(r"transforms: (\{\S+: \{.*?\}\})", code)
+    from faenet_ocp.data.transforms import Compose
 
-    exec(compile(code, "README.md", "exec"), {})
-    try:
-        assert len(Compose({"jitter": {"stdev": 0.01}})) == 1
-    finally:
-        del TRANSFORMS["jitter"]
+    (tmp_path / "my_package").mkdir()
+    (tmp_path / "my_package" / "jitter.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert len(Compose(yaml.safe_load(named))) == 1

@@ -241,6 +241,23 @@ def test_edge_vectors_of_a_batch_equal_those_of_its_systems_and_are_differentiab
         assert torch.allclose(one, vectors[of_system])
 
 
+@pytest.mark.parametrize("systems", [1, 2])
+def test_edge_vectors_are_as_exact_under_autocast(systems: int) -> None:
+    """A product of matrices would round the cells of crossing edges to bf16, by hundredths of an Angstrom."""
+    generator = torch.Generator().manual_seed(0)
+    pos, cell = torch.rand(8, 3, generator=generator), 20 * torch.rand(systems, 3, 3, generator=generator)
+    batch = torch.arange(8) % systems
+    source, target = torch.arange(64) % 8, torch.arange(64) // 8 // systems * systems + torch.arange(64) % systems
+    offsets = torch.randint(-2, 3, (64, 3), generator=generator)
+    edges = torch.stack([source, target])
+    exact = edge_vectors(pos.double(), cell.double(), edges, offsets, batch[target])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = edge_vectors(pos, cell, edges, offsets, batch[target])
+        rounded = offsets[:, None].float() @ cell[batch[target]]
+    assert (found - exact).abs().max() < 2e-5
+    assert (rounded[:, 0] - (exact - pos.double()[source] + pos.double()[target])).abs().max() > 0.01
+
+
 def test_edge_vectors_of_several_systems_need_their_batch():
     with pytest.raises(ValueError, match="edge_batch"):
         edge_vectors(torch.zeros(2, 3), torch.zeros(2, 3, 3), torch.zeros(2, 1).long(), torch.zeros(1, 3))

@@ -118,6 +118,19 @@ def test_more_gpus_than_there_are(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert main(_arguments(tmp_path, data, "--job.cpu=false", "--num-gpus", "2")) == 2
     assert "job.num_gpus: 2, but 1 GPU" in capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(_arguments(tmp_path, data, "--job.cpu=false", "--num-gpus", "2")) == 2
+    assert "job.num_gpus: 2, but no GPU is here; --cpu: as many ranks on the CPU" in capsys.readouterr().err
+
+
+def test_training_does_not_write_over_results_of_another_command(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    results = tmp_path / "runs" / "evaluated" / "results"
+    results.mkdir(parents=True)
+    (results / "metrics.json").write_text("{}")
+    assert main(_arguments(tmp_path, data, "--run-dir", str(tmp_path / "runs"), "--identifier", "evaluated")) == 2
+    assert "evaluated has results already; choose another --identifier" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("scheduler", ["linear_warmup_cosine", "constant"])

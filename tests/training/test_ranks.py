@@ -20,6 +20,7 @@ from faenet_ocp.config.schema import build_config
 from faenet_ocp.config.yaml import load_yaml
 from faenet_ocp.data.loader import TrainBatchSampler, balanced_shares, collate, even_slice, make_loader
 from faenet_ocp.launch.cli import main
+from faenet_ocp.models import norms
 from faenet_ocp.models.norms import RankBatchNorm, RankGraphNorm
 
 LOSSES = [
@@ -230,3 +231,12 @@ def test_pinning_reaches_every_tensor(dataset: Dataset, monkeypatch: pytest.Monk
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor.shape) or tensor)
     assert batches.pin_memory() is batches
     assert len(pinned) >= 2 * len([value for _, value in batches[0] if isinstance(value, torch.Tensor)])
+
+
+def test_means_over_ranks_are_not_those_of_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under autocast x may be bf16, in which 12,517 rows would count as 12,544."""
+    monkeypatch.setattr(norms._SumOverRanks, "apply", lambda x: x)
+    x = (2 + 0.5 * torch.randn(12_517, 3, generator=torch.Generator().manual_seed(0))).bfloat16()
+    mean, count = norms._mean_over_ranks(x)
+    assert count == 12_517
+    torch.testing.assert_close(mean.double(), x.double().mean(dim=0), atol=1e-5, rtol=0)

@@ -64,12 +64,14 @@ class ComENet(Backbone):
 
     options_class = ComENetOptions
     options: ComENetOptions
+    degree: Tensor
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         given = self.options
         self.embedding = ElementEmbedding(given.hidden_channels)
         self.basis = geometry.spherical_basis(given.num_spherical, given.num_radial, given.cutoff)
+        self.register_buffer("degree", torch.tensor(geometry.degrees(given.num_spherical)), persistent=False)
         self.blocks = nn.ModuleList(Block(given) for _ in range(given.num_blocks))
 
     def forward(
@@ -94,7 +96,7 @@ class ComENet(Backbone):
         size = self.options.num_spherical
         local, cos_tau = edge_geometry(atomic_numbers, edge_index, edge_vec)
         radial = geometry.bessel_functions(self.basis, torch.linalg.vector_norm(edge_vec, dim=1))
-        torsion = radial[:, geometry.degrees(size)] * geometry.spherical_harmonics(local, size)[:, :, None]
+        torsion = radial.index_select(1, self.degree) * geometry.spherical_harmonics(local, size)[:, :, None]
         angle = radial * geometry.zonal_harmonics(cos_tau, size)[:, :, None]
         return torsion.flatten(1), angle.flatten(1)
 
