@@ -7,8 +7,8 @@ size, in a few milliseconds, and fails where the host would have to wait for a n
         model(batch)
     counted.num_launches, counted.waits
 
-Not counted: what optimisers that are fused do (one launch for many parameters), and what other libraries launch without
-torch knowing.
+Not counted: what optimisers that are fused do (one launch for many parameters), what other libraries launch without
+torch knowing, and tensors made of Python's numbers (`x[:, [0, 1]]`), whose copies to a device are waited for.
 """
 
 import re
