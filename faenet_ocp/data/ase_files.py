@@ -36,7 +36,7 @@ from faenet_ocp.common.checks import RecordError, choice
 from faenet_ocp.common.files import expand_path, write_array
 from faenet_ocp.data.atoms import record_of, tags_of
 from faenet_ocp.data.fields import Fields
-from faenet_ocp.data.lmdb_files import LmdbFile, natural_order
+from faenet_ocp.data.lmdb_files import LmdbFile, each_once, natural_order
 from faenet_ocp.data.oc20 import OC20LmdbDataset
 from faenet_ocp.data.tags import CHOICES, non_metals
 
@@ -64,12 +64,7 @@ def find_files(source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
     files = [file for path in paths for file in (visible_files(path) if path.is_dir() else [path])]
     if not files:
         raise FileNotFoundError(f"there is no file in {', '.join(map(str, paths))}")
-    seen: set[Path] = set()
-    for file in files:
-        if file.resolve() in seen:
-            raise ValueError(f"src means {file} twice")
-        seen.add(file.resolve())
-    return files
+    return each_once(files)
 
 
 def matches(item: str | os.PathLike[str]) -> list[Path]:

@@ -44,7 +44,11 @@ def resolve_files(src: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
     items = [src] if isinstance(src, str | os.PathLike) else src
     if not isinstance(items, Sequence) or not items or not all(isinstance(item, str | os.PathLike) for item in items):
         raise ValueError(f"src must be a path or a list of paths, not {src!r}")
-    files = [file for item in items for file in _files_of(Path(expand_path(Path(item))))]
+    return each_once([file for item in items for file in _files_of(Path(expand_path(Path(item))))])
+
+
+def each_once(files: list[Path]) -> list[Path]:
+    """The files; ValueError if one is there twice, under whatever names."""
     seen: set[Path] = set()
     for file in files:
         if file.resolve() in seen:
