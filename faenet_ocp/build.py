@@ -44,7 +44,7 @@ def make_dataset(
     Raises:
         ValueError: unknown format, missing path, wrong transform; names the key.
     """
-    transforms = {name: given or {} for name, given in config.dataset.transforms.items() if given is not False}
+    transforms = config.dataset.active_transforms
     return _open(config, source, transforms | _frame_transform(config, training=training), labelled, cache_dir)
 
 

@@ -25,7 +25,9 @@ def _numbers(checkout: Path, arguments: list[str]) -> dict[str, float]:
         subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
         log = (Path(folder) / "run" / "logs" / "metrics.jsonl").read_text().splitlines()
         splits = json.loads((Path(folder) / "run" / "results" / "metrics.json").read_text())["splits"]
-    rows = {f"step {row['step']}": row for row in map(json.loads, log)}
+    rows: dict[str, dict[str, float]] = {}
+    for row in map(json.loads, log):  # an evaluated step has two lines
+        rows[f"step {row['step']}"] = rows.get(f"step {row['step']}", {}) | row
     rows |= {f"at the end, {split}": values for split, values in splits.items()}
     return {f"{place}: {name}": row[name] for place, row in rows.items() for name in row if name not in _TIMED}
 

@@ -82,6 +82,11 @@ class DatasetConfig(Section):
     val: dict[str, SourceConfig] = Field(default={})
     test: dict[str, SourceConfig] = Field(default={})
 
+    @property
+    def active_transforms(self) -> dict[str, dict[str, Any]]:
+        """The transforms with their arguments, less those that are switched off (`false`)."""
+        return {name: given or {} for name, given in self.transforms.items() if given is not False}
+
     @field_validator("val", "test", mode="before")
     @classmethod
     def _without_dropped(cls, value: Any) -> Any:

@@ -126,6 +126,8 @@ class FAENetCalculator(Calculator):
         changes = super().check_state(atoms, tol=tol)
         if self.atoms is not None and not np.array_equal(self.atoms.get_tags(), atoms.get_tags()):
             changes.append("tags")
+        if self.atoms is not None and any(self.atoms.info.get(x) != atoms.info.get(x) for x in ("charge", "spin")):
+            changes.append("info")  # some models read them
         if self.atoms is not None and not np.array_equal(fixed_atoms(self.atoms), fixed_atoms(atoms)):
             changes.append("constraints")  # they decide on tags ("fixed") and on the net force
         return changes

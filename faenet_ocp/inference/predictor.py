@@ -138,7 +138,7 @@ class Predictor:
         self._reads_tags = any(embedding.tag is not None for embedding in embeddings)
         self.properties = config.properties
         self.conservative = config.output("forces").eval_from == "energy_gradient"
-        transforms = {name: given for name, given in config.dataset.transforms.items() if given is not False}
+        transforms = config.dataset.active_transforms
         self.transforms, self._removes_subsurface = Compose(transforms), "remove_subsurface" in transforms
         self.tags, self.adsorbate = self._choice_of_tags(tags, adsorbate), adsorbate
         if tags is None and adsorbate is None and self.tags != "none":

@@ -4,6 +4,7 @@ import json
 import runpy
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -104,6 +105,19 @@ def test_motions_keep_distances(name: str) -> None:
 def _command(data: Path, checkpoint: Path, runs: Path) -> list[str]:
     command = ["--mode", "symmetry", "--checkpoint", str(checkpoint), f"--dataset.root={data}", "--cpu"]
     return [*command, "--run-dir", str(runs), "--max-systems", "3", "--symmetry-dim", "2"]
+
+
+def test_transforms_that_are_switched_off_stay_off(
+    small_s2ef: Path, s2ef_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    composed = Mock(wraps=symmetry.Compose)
+    monkeypatch.setattr(symmetry, "Compose", composed)
+    for value in ("{}", "false"):
+        switch = f"--dataset.transforms.remove_subsurface={value}"
+        assert (
+            main([*_command(small_s2ef, s2ef_checkpoint, tmp_path), "--identifier", f"with_{len(value)}", switch]) == 0
+        )
+    assert [list(call.args[0]) for call in composed.call_args_list] == [["remove_subsurface"], []]
 
 
 def test_the_command(small_s2ef: Path, s2ef_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -274,6 +274,9 @@ def test_nothing_is_stale_along_a_path(s2ef: State) -> None:
         assert energy == pytest.approx(expected.energy, abs=1e-6)
         assert change is open_boundary or abs(energy - before) > 1e-6
         before = energy
+    assert calculator.check_state(atoms) == []
+    atoms.info["charge"] = 1  # this model does not read it, others do
+    assert calculator.check_state(atoms) == ["info"]
 
 
 @pytest.mark.parametrize("forces", ["prediction", "energy_gradient"])
