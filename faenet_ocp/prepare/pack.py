@@ -111,12 +111,11 @@ def pack(
 
 
 def _folders_with(kinds: Sequence[str], top: Path, *, leave_out: Path) -> Iterator[Path]:
-    """Folders below `top`, links to folders followed, in which files of these kinds are."""
-    seen = {leave_out.resolve()}
+    """Folders below `top` in which files of these kinds are; links are followed, but not back to a folder above."""
     for name, below, files in os.walk(top, followlinks=True):
         folder = Path(name)
-        below[:] = [each for each in below if (folder / each).resolve() not in seen]
-        seen |= {(folder / each).resolve() for each in below}
+        no_more = {leave_out.resolve(), *(path.resolve() for path in (folder, *folder.parents))}
+        below[:] = [each for each in below if (folder / each).resolve() not in no_more]
         if any(fnmatch(file, kind) and not file.startswith(".") for file in files for kind in kinds):
             yield folder
 

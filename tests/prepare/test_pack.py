@@ -90,9 +90,12 @@ def test_links_to_folders_are_followed_and_the_packed_ones_left_out(source: Path
         (tmp_path / folder).mkdir(parents=True)
         shutil.copy(source, tmp_path / folder)
     (tmp_path / "data" / "val_ood").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data" / "again").mkdir()
+    (tmp_path / "data" / "again" / "val_ood").symlink_to(tmp_path / "elsewhere")  # a split of its own
     (tmp_path / "elsewhere" / "round").symlink_to(tmp_path / "data")
+    shutil.copy(source, tmp_path / "data")
     for _ in range(2):
-        assert pack(tmp_path / "data", tmp_path / "data" / "packed") == 6
+        assert pack(tmp_path / "data", tmp_path / "data" / "packed") == 12
 
 
 def test_what_is_left_of_a_source_that_is_gone_is_refused(source: Path, tmp_path: Path) -> None:
